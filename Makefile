@@ -35,7 +35,7 @@ $(STAMP): requirements.txt $(CONSTRAINTS) pyproject.toml
 
 $(DEV_STAMP): $(STAMP) requirements-dev.txt
 	$(BIN)/pip install --quiet -r requirements-dev.txt -c $(CONSTRAINTS)
-	$(BIN)/pip install --quiet --no-deps DALL-E taming-transformers-rom1504 -c $(CONSTRAINTS)
+	$(BIN)/pip install --quiet --no-deps DALL-E taming-transformers-rom1504 trackio -c $(CONSTRAINTS)
 	touch $@
 
 # System packages: installed when we may (root with apt), else named; tests that need them then skip.

@@ -15,6 +15,7 @@ from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes
 from training.profiling.categories import ProfileConfig
 from training.recovery.config import GuardConfig
 from training.run.resume_with import resume_with_problems
+from training.run.trackers.config import track_problems
 from training.tasks.dvae_config import DiscriminatorConfig, PerceptualConfig
 
 
@@ -98,6 +99,9 @@ class StageConfig:
     """Guards against spikes and corruption."""
     profile: ProfileConfig = field(default_factory=ProfileConfig)
     """Profile and traces."""
+    track: str = "tensorboard"
+    """Trackers that get the figures, pictures and histograms, with commas between them:
+    tensorboard, wandb, trackio; empty = metrics.jsonl alone. One that fails never stops a run."""
     supervisor: SupervisorConfig = field(default_factory=SupervisorConfig)
     """Restarts of the ranks that this command starts itself."""
 
@@ -131,6 +135,7 @@ class StageConfig:
         problems += mixture_problems(self.data, "data") + folder_problems(self.out, "out")
         problems += expression_problems(self.freeze, "freeze")
         problems += place_problems(self.init, "init") + resume_with_problems(self)
+        problems += track_problems(self.track)
         if self.grow and len(data_sets(self.data)) > 1:
             problems.append(
                 "grow reads one data set, and data is a mixture: leave --grow out, and each set is "

@@ -16,6 +16,7 @@ from core.stop import heed_stop_signals
 from parallel.engines.registry import modules_of
 from training.config import StageConfig
 from training.run.resume_with import with_changes
+from training.run.trackers.config import missing_libraries
 from training.stages import to_payload
 
 RANKS_A_CORE = 16
@@ -41,7 +42,7 @@ def train_stage(stage: str, settings: StageConfig) -> None:
 def _train(stage: str, settings: StageConfig) -> None:
     started = ranks_given()
     settings = with_changes(settings)
-    check(settings.problems(started))
+    check(settings.problems(started) + missing_libraries(settings.track))
     refuse_others_folder(settings.out, f"train {stage}")
     heed_stop_signals()
     payload = to_payload(stage, settings)

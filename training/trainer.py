@@ -61,7 +61,7 @@ class Run:
         heart.beat("start")
         self.numerics = engine_numerics(world.device, settings.engine)
         self.config = {"stage": stage, **to_json(settings), "model": to_json(task.model_config)}
-        self.folder = RunFolder(settings.out, self.config, writes=world.rank == 0)
+        self.folder = RunFolder(settings.out, self.config, world.rank == 0, settings.track)
         self.recovery = Recovery(settings.guard, mesh, settings.out)
         stream = _stream(task, settings, mesh)  # before the engine: it rejects too little data
         self._versions = DataVersions(task, settings.data, mesh)

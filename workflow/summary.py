@@ -1,6 +1,7 @@
 """The figures of all stages of a run in one place."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ def summarise(
     Raises: InputError if one of them holds no finished run.
     """
     summary: dict[str, Any] = {"data": data, "size": size, "seconds": seconds, "commands": commands}
+    summary["cores"] = os.cpu_count() or 1
     for stage in ("prior", "dvae", "clip"):
         if not any(row.get("split") == "validation" for row in read_metrics(folder / stage)):
             raise InputError(f"{folder / stage} holds no finished run; a report needs it")
@@ -60,4 +62,8 @@ def summarise_chain(out: Path) -> None:
     data = pack.command[1] if pack else "unknown"
     commands = [job.text for job in chain.jobs]
     summary = summarise(out, data, chain.name, commands, seconds)
+    names = ("nodes", "gpus", "cpus", "workers")
+    summary["resources"] = {
+        job.name: {name: getattr(job.resources, name) for name in names} for job in chain.jobs
+    }
     write_atomic(out / "summary.json", canonical_json(summary))

@@ -12,6 +12,7 @@ from core.log import LOG
 from core.storage.store import open_store
 from data_pipeline.formats.raw import RawRecord, RawSource
 from data_pipeline.images.crops import encode_png
+from data_pipeline.sources.drawn.shapes import matches
 from data_pipeline.streaming.readable import readable
 from data_pipeline.streaming.stream import first_records
 from data_pipeline.tokenize.encode import pictures_of, to_bytes
@@ -58,6 +59,9 @@ def evaluate(studio: Studio, data: str, out: Path, config: EvaluateConfig) -> Fi
     _image_prompts(studio, records[:SHOWN_PROMPTED], out, draws)
     figures: Figures = {}
     if source.manifest.facts["request"]["source"] == "shapes":
+        for row, each in zip(rows, drawn, strict=False):
+            shown = each.pictures[:SHOWN_CANDIDATES]
+            row["exact"] = [matches(each.caption, picture) for picture in shown]
         figures = caption_accuracy(studio, records, drawn, draws.seed)
         figures["temperature"] = draws.temperature
         if studio.caption_dropout:

@@ -4,29 +4,28 @@ import json
 import math
 import os
 import socket
-from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
-
-import numpy as np
-from torch.utils.tensorboard.writer import SummaryWriter
 
 from core.errors import if_full
 from core.files.atomic import Json, canonical_json, held, remove_leftovers, write_atomic
 from core.heartbeat import FOLDER, Beat, read_beats
 from core.log import LOG
 from training.run.metrics import rows_of
+from training.run.trackers.writer import Trackers
 
 HISTORY = "history.json"
-_MOST_BINS = 1024
 
 
 class RunFolder:
     """The locked run folder of rank 0; the other ranks write nothing."""
 
-    def __init__(self, root: Path, config: Json, writes: bool) -> None:
-        """Raises: InputError if another run holds the lock, or the folder is not writable."""
+    def __init__(self, root: Path, config: Json, writes: bool, track: str = "") -> None:
+        """`track` names the trackers that get all rows, pictures and histograms, too.
+
+        Raises: InputError if another run holds the lock, or the folder is not writable.
+        """
         self.root, self._writes = root, writes
         self._lock = ExitStack()
         if writes:
@@ -34,7 +33,8 @@ class RunFolder:
             remove_leftovers(root)
             self._config = canonical_json(config)
         self._metrics = root / "metrics.jsonl"
-        self._board: SummaryWriter | None = None
+        self._trackers = Trackers(root, config, track)
+        self._began = False
         self._unwritten: list[str] = []
         """Rows that are not written yet, e.g. because the disk was full."""
 
@@ -47,12 +47,8 @@ class RunFolder:
             rows = self._metrics.read_text(errors="replace").splitlines()
             kept = [row for row in rows if _step_of(row) <= step]
             write_atomic(self._metrics, "".join(row + "\n" for row in kept).encode())
-        if self._board is not None:
-            self._board.close()
-        board = str(self.root / "tensorboard")
-        self._board = SummaryWriter(board, purge_step=step + 1 if step else None)
-        text = "".join(f"    {line}\n" for line in self._config.decode().splitlines())
-        self._board.add_text("config", text, step)
+        self._trackers.begin(step)
+        self._began = True
         write_live(self.root)
 
     def note_history(self, events: list[Json]) -> None:
@@ -66,8 +62,8 @@ class RunFolder:
             (self.root / HISTORY).unlink(missing_ok=True)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append a row to metrics.jsonl and to TensorBoard."""
-        if not self._writes or self._board is None:
+        """Append a row to metrics.jsonl, and send it to the trackers."""
+        if not self._began:
             return
         clean = {
             k: (v if not isinstance(v, float) or math.isfinite(v) else str(v))
@@ -76,13 +72,12 @@ class RunFolder:
         self._unwritten.append(json.dumps(clean) + "\n")
         try:
             self._append()
-            for name, value in _scalars(row):
-                self._board.add_scalar(name, value, row["step"])
         except OSError as error:
             LOG.error(
                 "step %d: cannot write metrics: %s%s; training goes on, and rows are written later",
                 *(row["step"], error, if_full(error)),
             )
+        self._trackers.row(row)
 
     def _append(self) -> None:
         """Write pending rows; truncates a partly written row on an error."""
@@ -97,30 +92,12 @@ class RunFolder:
         self._unwritten.clear()
 
     def show(self, name: str, value: Any, step: int) -> None:
-        """Add an image, (H, W, 3) uint8, or a histogram of integers, (n,), to TensorBoard."""
-        if self._board is None:
-            return
-        if np.ndim(value) == 3:
-            self._board.add_image(name, value, step, dataformats="HWC")
-            return
-        most = int(value.max()) + 1
-        bins = np.linspace(0, most, min(most, _MOST_BINS) + 1)
-        self._board.add_histogram(name, value, step, bins=bins.tolist())
+        """Send an image, (H, W, 3) uint8, or a histogram of integers, (n,), to the trackers."""
+        self._trackers.show(name, value, step)
 
     def close(self) -> None:
-        if self._board is not None:
-            self._board.close()
+        self._trackers.close()
         self._lock.close()
-
-
-def _scalars(row: dict[str, Any]) -> Iterator[tuple[str, float]]:
-    """(tag, value) of a row's figures; categories are tagged `time/compute` and so on."""
-    prefix = row.get("split", "train")
-    for name, value in row.items():
-        if isinstance(value, int | float) and name != "step":
-            yield f"{prefix}/{name}", value
-        elif name == "time":
-            yield from ((f"time/{category}", seconds) for category, seconds in value.items())
 
 
 def _step_of(row: str) -> float:

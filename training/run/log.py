@@ -67,7 +67,7 @@ class RunLog:
             self._folder.log(row)
 
     def validation(self, step: int, row: dict[str, float], pictures: Pictures) -> None:
-        """Write a row of split `validation`, and its pictures to TensorBoard."""
+        """Write a row of split `validation`, and send its pictures to the trackers."""
         for name, image in pictures.items():
             self._folder.show(name, image, step)
         self._folder.log({"step": step, "split": "validation", **row})

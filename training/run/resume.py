@@ -26,6 +26,7 @@ _MAY_CHANGE = (
     "guard",
     "loader",
     "profile",
+    "track",
     "supervisor",
     "resume_with",
     "init_bpe",

@@ -13,6 +13,7 @@ from core.storage.store import open_store
 from data_pipeline.formats.manifest import NAME, SPLITS
 from data_pipeline.text.bpe import FILE as TOKENIZER
 from training.config import DVAETrain
+from training.run.trackers.config import missing_libraries
 from workflow.run_file import RunFile
 
 _RAW, _TOKENS = "pairs", "tokens"
@@ -85,6 +86,9 @@ def _missing_files(run: RunFile, stage: str, settings: Any, to: Scheduler) -> li
     files = settings.weights_files() if isinstance(settings, DVAETrain) else {}
     if given := run.stages[stage].flags.get(_INCEPTION):
         files[_INCEPTION] = Path(str(given))
+    if to == "local" and not run.python:
+        texts = missing_libraries(getattr(settings, "track", ""))
+        problems += [f"stages.{stage}.flags.{text}" for text in texts]
     for name, path in files.items():
         if _is_absent(_FILE, str(path), to):
             problems.append(f"{where}.{name}={str(path)!r}: there is no such file of weights")

@@ -28,7 +28,7 @@ from workflow.run_flags import Value, arguments_of
 BEFORE = ROOT / "tests" / "golden" / "before"
 """Runs of an earlier version, whose config.json have its settings."""
 STAGES = ("dvae", "prior", "clip")
-GIVEN: dict[str, Value] = {"resume_with": "loop.log_every=3"}
+GIVEN: dict[str, Value] = {"resume_with": "loop.log_every=3", "track": "tensorboard,wandb"}
 """Flags that do not take any value of their type."""
 
 

@@ -63,8 +63,11 @@ def demo_folder(folder: Path, candidates: int = 5, side: int = 32, **accuracy: A
         row = {"step": 1, "loss": 3.0, **bounds}
         lines = [json.dumps(r) for r in (row, {**row, "split": "validation"})]
         (folder / stage / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    config = {"stage": "prior", "loop": {"steps": 1200}, "model": {"layers": 6, "dim": 192}}
+    (folder / "prior" / "config.json").write_text(json.dumps(config))
     mesh = {"tensor": 2, "pipeline": 2, "data": 2}
     prior = {"engine": "reference", "mesh": mesh, "tokens_per_second": 1234, "compress_rank": 0}
+    prior |= {"validation_loss": 2.0, "per_position_entropy": 3.0, "shuffled_caption_loss": 2.5}
     summary = {
         "data": "shapes",
         "size": "tiny",
@@ -96,7 +99,7 @@ class _Gallery(HTMLParser):
             self.figures.append({**attributes, "text": "", "candidates": [], "at": []})
         elif tag == "ol":
             self.figures[-1].update(attributes)
-        elif tag == "li":
+        elif tag == "li" and "title" in attributes:
             self.figures[-1]["candidates"].append(attributes["title"])
         elif tag == "i" and self.figures:
             self.figures[-1]["at"].append(attributes["style"])
