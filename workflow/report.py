@@ -44,6 +44,8 @@ def write_report(folder: Path) -> Path:
         gallery=[_gallery_row(row, samples / row["file"]) for row in rows],
         reconstructions=_embed(samples / "reconstructions.png"),
         prompted=_embed(samples / "image-prompts.png"),
+        verdict=summary.get("verdict"),
+        nearest=_embed(folder / "nearest.png") if "verdict" in summary else "",
         losses=loss_curves(folder),
         best_of=best_of_counts(accuracy) if accuracy else {},
         accuracy_plot=accuracy_curves(accuracy) if accuracy else "",
