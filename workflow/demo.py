@@ -14,7 +14,7 @@ from core.log import LOG
 from parallel.config import MeshConfig
 from workflow.demo_config import DemoConfig
 from workflow.demo_folder import BUCKET, claim, copy_manifests
-from workflow.local_stages import (
+from workflow.chain.here import (
     LocalStage,
     named,
     run_stage,

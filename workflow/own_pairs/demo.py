@@ -20,7 +20,7 @@ from generation.shipped import paths_of
 from planning.calibration.stage_trial import time_sizes
 from workflow.demo_config import DemoConfig
 from workflow.demo_folder import BUCKET, claim, copy_manifests
-from workflow.local_stages import LocalStage, run_stage, seconds_of, stages_of, typed
+from workflow.chain.here import LocalStage, run_stage, seconds_of, stages_of, typed
 from workflow.own_pairs import sizes as rules
 from workflow.own_pairs.facts import pairs_of
 from workflow.own_pairs.sizes import Flags, Pairs, Size, Sizing

@@ -22,7 +22,7 @@ from generation.config import ModelPaths
 from generation.shipped import CARD, README, Card, paths_of
 from training.export.weights import describe
 from training.run.folder import read_metrics
-from workflow.local_stages import run_stage, stages_of
+from workflow.chain.here import run_stage, stages_of
 from workflow.run_file import RunFile, StageSpec
 from workflow.weights.half import write_half
 from workflow.weights.readme import readme_of
