@@ -12,8 +12,6 @@ from core.files.out_folder import refuse_others_folder
 from core.gpus import gpu_problems, usable_gpus
 from core.log import LOG
 from parallel.config import MeshConfig
-from workflow.demo_config import DemoConfig
-from workflow.demo_folder import BUCKET, claim, copy_manifests
 from workflow.chain.here import (
     LocalStage,
     named,
@@ -22,6 +20,8 @@ from workflow.chain.here import (
     stages_of,
     typed,
 )
+from workflow.demo_config import DemoConfig
+from workflow.demo_folder import BUCKET, claim, copy_manifests
 from workflow.own_pairs.demo import run_own_pairs
 from workflow.report import write_report
 from workflow.run_file import STAGES, RunFile, StageSpec

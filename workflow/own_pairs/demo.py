@@ -18,9 +18,9 @@ from generation.config import DrawSettings
 from generation.evaluation.verdict import judge
 from generation.shipped import paths_of
 from planning.calibration.stage_trial import time_sizes
+from workflow.chain.here import LocalStage, run_stage, seconds_of, stages_of, typed
 from workflow.demo_config import DemoConfig
 from workflow.demo_folder import BUCKET, claim, copy_manifests
-from workflow.chain.here import LocalStage, run_stage, seconds_of, stages_of, typed
 from workflow.own_pairs import sizes as rules
 from workflow.own_pairs.facts import pairs_of
 from workflow.own_pairs.sizes import Flags, Pairs, Size, Sizing
@@ -205,8 +205,8 @@ def run_own_pairs(config: DemoConfig) -> Path:
         with server.credentials():
             verdict = demo.verdict(plan)
     commands, seconds = typed(demo.stages), seconds_of(folder)
-    summary: dict[str, Any] = summarise(folder, config.data, config.size, commands, seconds)
-    summary |= {"verdict": verdict, "chosen": plan.size.text, "stopped": list(plan.stopped)}
+    summary: dict[str, Any] = summarise(folder, config.data, plan.size.text, commands, seconds)
+    summary |= {"verdict": verdict, "stopped": list(plan.stopped)}
     write_atomic(folder / "summary.json", canonical_json(summary))
     for text in verdict["findings"]:
         LOG.info("%s", text)

@@ -29,6 +29,8 @@ from workflow.weights.readme import readme_of
 from workflow.weights.recipes import STAGES, Recipe
 from workflow.weights.score import scored
 
+HALF = "half"
+"""Folder of a seed's models in 16 bits."""
 _FIGURES = {
     "prior": ("image_loss", "shuffled_caption_loss"),
     "dvae": ("psnr", "codes_used"),
@@ -49,12 +51,12 @@ def make_weights(recipe: Recipe, seeds: Sequence[int], work: Path, out: Path, co
     best = min(rows, key=lambda row: row["image_loss"])
     LOG.info("%s: seed %d has the lowest held-out loss", recipe.name, best["seed"])
     captions = _held_out(folder, recipe.scored)
+    for row in rows:
+        run = folder / f"seed-{row['seed']}"
+        row["score"] = scored(write_models(run, run / HALF), recipe.score, captions).value
     target = out / recipe.name
     shutil.rmtree(target, ignore_errors=True)
-    for row in rows:
-        kept = target if row is best else folder / f"seed-{row['seed']}" / "half"
-        models = write_models(folder / f"seed-{row['seed']}", kept)
-        row["score"] = scored(models, recipe.score, captions).value
+    shutil.copytree(folder / f"seed-{best['seed']}" / HALF, target)
     score = replace(recipe.score, captions=tuple(captions), value=best["score"])
     card = Card(
         name=recipe.name,

@@ -10,9 +10,9 @@ from core.config import from_json, to_json
 from core.errors import ConfigError
 from core.storage.store import FolderStore
 from data_pipeline.text.bpe import load_tokenizer
+from workflow.chain.here import stages_of
 from workflow.demo import run_demo
 from workflow.demo_config import DemoConfig
-from workflow.chain.here import stages_of
 from workflow.own_pairs import sizes as rules
 from workflow.own_pairs.demo import Plan
 from workflow.own_pairs.facts import pairs_of
