@@ -109,13 +109,13 @@ class OwnPairs:
         if path.exists():
             return from_json(Plan, json.loads(path.read_bytes()))
         tokenizer, _ = load_tokenizer(self._folder / "bpe")
-        with self._server.credentials():
+        with self._server.credentials():  # afterwards no variables of the ranks are left
             pairs = pairs_of(self._store("raw"), tokenizer)
-        check(pairs.problems(self._config.data))
-        sizes = rules.fitting(pairs)[: 1 if self._mini else None]
-        LOG.info("measuring steps of up to %d sizes", len(sizes))
-        settings = [rules.settings_of(size, pairs) for size in sizes]
-        measured = time_sizes(settings, rules.LEAST, self.left)
+            check(pairs.problems(self._config.data))
+            sizes = rules.fitting(pairs)[: 1 if self._mini else None]
+            LOG.info("measuring steps of up to %d sizes", len(sizes))
+            settings = [rules.settings_of(size, pairs) for size in sizes]
+            measured = time_sizes(settings, rules.LEAST, self.left)
         free = self.left - 4 * self._start_up()
         chosen = rules.choose(sizes, pairs, measured, free)
         LOG.info(
