@@ -165,30 +165,34 @@ class OwnPairs:
         return {**flags, "evaluate": {**draws, "prompts": 8} if self._mini else draws}
 
     def _stage(self, name: str, flags: dict[str, Flags], limit: float = 0.0) -> bool:
-        run = self._run_file(flags)
+        run = run_file_of(self._config, flags)
         stage = next(s for s in stages_of(run) if s.name == FOLDERS.get(name, name))
         self.stages.append(stage)
         return run_stage(stage, self._folder, self._server.environment, limit)
 
-    def _run_file(self, flags: dict[str, Flags]) -> RunFile:
-        """The run file of all stages whose flags are known."""
-        minutes = self._config.minutes or MINUTES
-        known = {"pack": rules.pack_flags(minutes), "bpe": {}, **flags}
-        workers = {"tokenize": TOKEN_WORKERS}
-        return RunFile(
-            name="demo",
-            out=self._folder,
-            store=f"s3://{BUCKET}",
-            stages={
-                name: StageSpec(
-                    source=self._config.data if name == "pack" else "",
-                    flags=known[name],  # type: ignore[arg-type]
-                    resources=Resources(workers=workers.get(name, 1)),
-                )
-                for name in STAGES
-                if name in known
-            },
-        )
+
+def run_file_of(config: DemoConfig, flags: dict[str, Flags]) -> RunFile:
+    """The stages with known flags; first of all, `pack` and `bpe`.
+
+    Sizes follow what was packed: checks of `pack`'s flags against them would be in vain.
+    """
+    first: dict[str, Flags] = {"pack": rules.pack_flags(config.minutes or MINUTES), "bpe": {}}
+    known = flags or first
+    workers = {"tokenize": TOKEN_WORKERS}
+    return RunFile(
+        name="demo",
+        out=config.folder,
+        store=f"s3://{BUCKET}",
+        stages={
+            name: StageSpec(
+                source=config.data if name == "pack" else "",
+                flags=dict(known[name]),
+                resources=Resources(workers=workers.get(name, 1)),
+            )
+            for name in STAGES
+            if name in known
+        },
+    )
 
 
 def run_own_pairs(config: DemoConfig) -> Path:

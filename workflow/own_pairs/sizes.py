@@ -217,7 +217,7 @@ def stage_flags(sizing: Sizing, pairs: Pairs, steps: dict[str, int], seed: int) 
     loops = {name: _loop(steps[name], held_out, pairs.replicas, seed) for name in models}
     return {
         **{name: {**flags, **loops[name]} for name, flags in models.items()},
-        "tokenize": {"block": BLOCK, "max_rejects": 0.02},
+        "tokenize": {"block": BLOCK, "max_rejects": 0.1},
     }
 
 

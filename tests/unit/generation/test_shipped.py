@@ -75,10 +75,12 @@ def shipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 @pytest.fixture
-def told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
+def told(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> pytest.LogCaptureFixture:
     monkeypatch.setattr(LOG, "propagate", True)
     caplog.set_level(logging.INFO, "tapir")
-    yield caplog.messages
+    return caplog
 
 
 def test_models_in_16_bits_are_the_rounded_ones_and_fit_together(tmp_path: Path) -> None:
@@ -122,38 +124,40 @@ def test_a_changed_file_is_named(shipped: Path) -> None:
 
 
 def test_without_flags_the_shipped_set_that_knows_the_words_draws(
-    shipped: Path, told: list[str]
+    shipped: Path, told: pytest.LogCaptureFixture
 ) -> None:
     sample(SampleRun(captions=("a Red heart, purple",), draw=DRAW))
     assert Path("runs/samples/a-red-heart-purple.png").stat().st_size > 0
-    text = "\n".join(told)
+    text = told.text
     assert "models: emoji, shipped with Tapir" in text
     assert "no training caption of these models has 'purple'" in text and "grinning" in text
     told.clear()
     sample(SampleRun(captions=CAPTIONS, draw=DRAW))
     assert Path("runs/samples/a-small-red-circle-and-1-more.png").exists()
-    assert "models: shapes, shipped" in "\n".join(told) and "no training" not in "\n".join(told)
+    assert "models: shapes, shipped" in told.text and "no training" not in told.text
 
 
-def test_own_runs_win_the_newest_first_and_the_log_says_so(shipped: Path, told: list[str]) -> None:
+def test_own_runs_win_the_newest_first_and_the_log_says_so(
+    shipped: Path, told: pytest.LogCaptureFixture
+) -> None:
     for age, name in ((2000, "old"), (1000, "new")):
         own = write_runs(Path("runs") / name, list(CAPTIONS))
         time = (own.prior / "model.json").stat().st_mtime - age
         os.utime(own.prior / "model.json", (time, time))
     write_runs(Path("runs") / "half-done", list(CAPTIONS)).dvae.joinpath("model.json").unlink()
     sample(SampleRun(captions=CAPTIONS, draw=DRAW))
-    assert "models: your own in runs/new" in "\n".join(told)
+    assert "models: your own in runs/new" in told.text
     (Path("runs") / "new" / "clip" / "model.json").unlink()
     told.clear()
     sample(SampleRun(captions=CAPTIONS, draw=DRAW))
-    assert "runs/new has no finished CLIP" in "\n".join(told)
-    assert "models: your own in runs/old" in "\n".join(told)
+    assert "runs/new has no finished CLIP" in told.text
+    assert "models: your own in runs/old" in told.text
     told.clear()
     sample(SampleRun(captions=CAPTIONS, draw=DRAW, rerank=False))
-    assert "models: your own in runs/new" in "\n".join(told)
+    assert "models: your own in runs/new" in told.text
     told.clear()
     sample(SampleRun(captions=CAPTIONS, draw=DRAW, weights="shapes"))
-    assert "models: shapes, shipped" in "\n".join(told)
+    assert "models: shapes, shipped" in told.text
 
 
 def test_no_models_at_all_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from cluster.chain import Resources
 from core.config import from_json, to_json
 from core.errors import ConfigError
 from core.storage.store import FolderStore
@@ -14,10 +13,9 @@ from workflow.chain.here import stages_of
 from workflow.demo import run_demo
 from workflow.demo_config import DemoConfig
 from workflow.own_pairs import sizes as rules
-from workflow.own_pairs.demo import Plan
+from workflow.own_pairs.demo import Plan, run_file_of
 from workflow.own_pairs.facts import pairs_of
 from workflow.own_pairs.sizes import SIZES, Pairs, Sizing, choose, fitting, replicas, steps_of
-from workflow.run_file import STAGES, RunFile, StageSpec
 
 PAIRS = Pairs(
     train=720,
@@ -37,24 +35,13 @@ def test_every_size_is_a_run_that_the_commands_accept(size: int, ranks: int) -> 
     pairs = replace(PAIRS, replicas=ranks)
     sizing = Sizing(size=SIZES[size], seconds=SECONDS)
     flags = {
-        "pack": rules.pack_flags(30),
         **rules.stage_flags(sizing, pairs, {"dvae": 900, "clip": 200, "prior": 700}, 3),
         "evaluate": rules.draw_flags(sizing, pairs, 60, 3),
     }
-    run = RunFile(
-        name="demo",
-        out=Path("runs/demo-x"),
-        stages={
-            name: StageSpec(
-                source="x" if name == "pack" else "",
-                flags=dict(flags.get(name, {})),
-                resources=Resources(workers=2 if name == "tokenize" else 1),
-            )
-            for name in STAGES
-            if name not in ("overlap", "score")
-        },
-    )
-    stages = {stage.name: stage.commands for stage in stages_of(run)}
+    config = DemoConfig(data="x", out=Path("runs/x"))
+    assert [stage.name for stage in stages_of(run_file_of(config, {}))] == ["pack", "bpe"]
+    stages = {s.name: s.commands for s in stages_of(run_file_of(config, flags))}
+    assert list(stages) == ["dvae", "tokens", "prior", "clip", "samples"]
     assert "--loop.steps=700" in stages["prior"][0] and len(stages["tokens"]) == 2
     assert f"--mesh.data={ranks}" in stages["clip"][0]
     settings = rules.settings_of(SIZES[size], pairs)
