@@ -27,8 +27,9 @@ from generation.shipped import (
 from generation.text_to_image import open_studio
 from tests.unit.finished import write_models as write_runs
 from training.export.weights import describe, open_model, write_model
-from workflow.weights.make import write_card, write_models
-from workflow.weights.recipes import COSINE
+from workflow.chain.here import stages_of
+from workflow.weights.make import run_of, write_card, write_models
+from workflow.weights.recipes import COSINE, RECIPES, Recipe, longer, miniature
 from workflow.weights.score import score_of
 
 CAPTIONS = ("a small red circle", "two blue squares")
@@ -178,6 +179,16 @@ def test_folders_that_are_not_given_are_beside_the_prior(
     chosen = choose_models.ModelChoice(prior=tmp_path / "mine" / "prior").paths
     assert chosen.dvae == tmp_path / "mine" / "dvae" and chosen.clip == Path("runs/clip")
     assert choose_models.ModelChoice().paths == ModelPaths()
+
+
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
+def test_recipes_are_runs_that_the_commands_accept(recipe: Recipe, tmp_path: Path) -> None:
+    for each in (recipe, longer(recipe, 0.5), miniature(recipe)):
+        stages = {s.name: s.commands[0] for s in stages_of(run_of(each, 2, tmp_path))}
+        assert list(stages) == ["pack", "bpe", "dvae", "tokens", "prior", "clip"]
+        assert all("--loop.seed=2" in stages[name] for name in ("dvae", "prior", "clip"))
+    steps = [int(r.flags["prior"]["loop.steps"]) for r in (recipe, longer(recipe, 0.5))]
+    assert steps[0] == 2 * steps[1] > 0
 
 
 def test_shipped_weights_are_small() -> None:
