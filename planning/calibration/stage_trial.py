@@ -4,6 +4,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -72,7 +73,7 @@ def sizes_rank(payload: str) -> None:
     for size in body["sizes"]:
         row = {}
         for name, text in size.items():
-            _, settings = parse_payload(text)
+            settings = replace(parse_payload(text)[1], out=Path(body["out"], name))  # a new run
             row[name] = _slowest(world, _step_seconds(name, settings, world, heart))
         rows.append(row)
         if sum(body["least"][name] * each for name, each in row.items()) > body["seconds"]:

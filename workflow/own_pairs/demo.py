@@ -36,7 +36,8 @@ _TAIL = 0.15
 _START_UP = 3.0
 """Seconds to start a training stage, in those of the stage bpe, which does little else."""
 _LATE = 1.3
-"""A stage that takes this many times its share of the time is stopped."""
+"""A stage that takes this many times its share of the time is stopped; the last one at its share.
+"""
 _MINI_STEPS = {"dvae": 8, "clip": 8, "prior": 16}
 _JUDGED = {"tiny": 24, "mini": 4}
 """Held-out captions, at most, that the verdict draws four pictures for."""
@@ -144,7 +145,7 @@ class OwnPairs:
             plan = self._keep(replace(plan, steps={**plan.steps, name: steps}))
         if name in plan.stopped:
             return plan
-        limit = max(_LATE * seconds, 30.0) + self._start_up()
+        limit = max(seconds * (_LATE if later else 1.0), 30.0) + self._start_up()
         began = time.monotonic()
         finished = self._stage(name, self._flags(plan), 0.0 if self._mini else limit)
         if not finished:
