@@ -9,6 +9,7 @@ from typing import Any
 from cluster.chain import Resources
 from cluster.object_server import ObjectServer, object_server
 from core.config import check, from_json
+from core.errors import InputError
 from core.files.atomic import Json, canonical_json, held, write_atomic
 from core.files.out_folder import refuse_others_folder
 from core.log import LOG
@@ -33,6 +34,8 @@ TOKEN_WORKERS = 2
 MINUTES = 30.0
 _TAIL = 0.15
 """Share of the time for drawing, the verdict and the report."""
+_PACKED = 0.4
+"""Share of the time for packing, at most."""
 _START_UP = 3.0
 """Seconds to start a training stage, in those of the stage bpe, which does little else."""
 _LATE = 1.3
@@ -78,7 +81,7 @@ class OwnPairs:
 
     def run(self) -> Plan:
         """Run all stages; returns the plan that they followed."""
-        self._stage("pack", {})
+        self._pack()
         copy_manifests("pack", self._folder, self._server)
         self._stage("bpe", {})
         plan = self._plan()
@@ -100,6 +103,15 @@ class OwnPairs:
             judge(models, self._store("raw"), self._store("tokens"), self._folder, draws, most)
         body: Json = json.loads(path.read_bytes())
         return body
+
+    def _pack(self) -> None:
+        """Pack all pairs. Raises: InputError if they are too many for the time."""
+        if not self._stage("pack", {}, _PACKED * self._seconds):
+            raise InputError(
+                f"packing {self._config.data} takes more than {_PACKED:.0%} of "
+                f"{self._seconds / 60:g} minutes: give a folder of fewer pictures, or another "
+                "--out and more --minutes"
+            )
 
     def _store(self, name: str) -> Store:
         return open_store(f"s3://{BUCKET}/{name}")
@@ -177,7 +189,7 @@ def run_file_of(config: DemoConfig, flags: dict[str, Flags]) -> RunFile:
 
     Sizes follow what was packed: checks of `pack`'s flags against them would be in vain.
     """
-    first: dict[str, Flags] = {"pack": rules.pack_flags(config.minutes or MINUTES), "bpe": {}}
+    first: dict[str, Flags] = {"pack": rules.PACK, "bpe": {}}
     known = flags or first
     workers = {"tokenize": TOKEN_WORKERS}
     return RunFile(

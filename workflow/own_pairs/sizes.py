@@ -25,6 +25,12 @@ LEAST_PAIRS, LEAST_HELD_OUT = 64, 8
 """Pairs below which nothing is trained: a batch, and one for each of order.lanes."""
 HELD_OUT, BLOCK, LEAST_SIDE = 0.1, 8, 32
 """Of packing: validation fraction, pairs in a block, pixels of a picture's shorter side."""
+PACK: Flags = {
+    "validation": HELD_OUT,
+    "block": BLOCK,
+    "max_rejects": 0.5,
+    "min_side": LEAST_SIDE,
+}
 _TOKENS_PER_CODE = 200
 """Training tokens of each code, on average, at least."""
 _MOST_REPLICAS = 8
@@ -178,17 +184,6 @@ def steps_of(name: str, pairs: Pairs, each: float, seconds: float) -> int:
     batch = clip_batch(pairs) if name == "clip" else 32
     most = max(LEAST[name], MOST_EPOCHS[name] * pairs.train // batch)
     return max(8, min(most, int(seconds / max(each, 1e-6))))
-
-
-def pack_flags(minutes: float) -> Flags:
-    """Flags of `tapir pack`; the count bounds its time on large sets."""
-    return {
-        "validation": HELD_OUT,
-        "block": BLOCK,
-        "max_rejects": 0.5,
-        "min_side": LEAST_SIDE,
-        "count": int(600 * minutes),
-    }
 
 
 def stage_flags(sizing: Sizing, pairs: Pairs, steps: dict[str, int], seed: int) -> dict[str, Flags]:
