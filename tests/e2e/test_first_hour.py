@@ -75,7 +75,7 @@ def test_shipped_weights_are_made_again_in_miniature(
     assert card.seeds[0]["score"] == card.score.value and card.seeds[0]["image_loss"] > 0
     models = shipped.shipped_models("shapes")
     assert score_of(models, card.score) == card.score.value
-    run = tmp_path / "work" / "shapes" / f"seed-1"
+    run = tmp_path / "work" / "shapes" / "seed-1"
     assert open_model(models.prior, "prior").facts["trained"] == sha256(
         (run / "prior" / "model.safetensors").read_bytes()
     )
