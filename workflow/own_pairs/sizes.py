@@ -220,9 +220,9 @@ def _loop(steps: int, held_out: int, ranks: int, seed: int) -> Flags:
     return {
         "loop.steps": steps,
         "loop.seed": seed,
-        "loop.validate_every": max(1, steps // 6),
+        "loop.validate_every": -(-steps // 4),
         "loop.validation_samples": min(256, held_out),
-        "checkpoint.every": max(1, steps // 6),
+        "checkpoint.every": -(-steps // 4),
         "optim.warmup": max(1, min(50, steps // 10)),
         "mesh.data": ranks,
     }
