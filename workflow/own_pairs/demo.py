@@ -41,6 +41,8 @@ _START_UP = 3.0
 _LATE = 1.3
 """A stage that takes this many times its share of the time is stopped; the last one at its share.
 """
+_BATCH = 32
+"""Pictures of a dVAE's step."""
 _MINI_STEPS = {"dvae": 8, "clip": 8, "prior": 16}
 _JUDGED = {"tiny": 24, "mini": 4}
 """Held-out captions, at most, that the verdict draws four pictures for."""
@@ -149,7 +151,10 @@ class OwnPairs:
         """Train a stage for its share of the time that is left; a late one is stopped."""
         later = {"dvae": ("clip", "prior"), "clip": ("prior",), "prior": ()}[name]
         shares = {each: rules.SHARES[each] for each in (name, *later)}
-        free = self.left - (1 + len(later)) * self._start_up()
+        starts, tokens = 1 + len(later), 0.0
+        if name == "dvae":  # the token job comes after it: a forward pass of each pair
+            starts, tokens = starts + 1, plan.pairs.train * plan.seconds[name] / _BATCH / 3
+        free = self.left - starts * self._start_up() - tokens
         seconds = max(free, 1.0) * shares[name] / sum(shares.values())
         if name not in plan.steps:
             steps = rules.steps_of(name, plan.pairs, plan.seconds[name], 0.9 * seconds)

@@ -1,7 +1,9 @@
 """`tapir demo --data FOLDER`: sizes follow the pairs, the machine and the time."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,8 +14,9 @@ from data_pipeline.text.bpe import load_tokenizer
 from workflow.chain.here import stages_of
 from workflow.demo import run_demo
 from workflow.demo_config import DemoConfig
+from workflow.own_pairs import demo as demo_module
 from workflow.own_pairs import sizes as rules
-from workflow.own_pairs.demo import Plan, run_file_of
+from workflow.own_pairs.demo import OwnPairs, Plan, run_file_of
 from workflow.own_pairs.facts import pairs_of
 from workflow.own_pairs.sizes import SIZES, Pairs, Sizing, choose, fitting, replicas, steps_of
 
@@ -88,6 +91,46 @@ def test_replicas_are_powers_of_two_of_cores_or_gpus() -> None:
 def test_a_plan_is_read_as_it_was_written() -> None:
     plan = Plan(pairs=PAIRS, size=SIZES[1], seconds=SECONDS, steps={"dvae": 5}, stopped=("dvae",))
     assert from_json(Plan, to_json(plan)) == plan
+
+
+class _Machine:
+    """A clock that stages move: each takes its steps at a true speed, or ends at its limit."""
+
+    def __init__(self, slower: float) -> None:
+        self.now, self._slower = 0.0, slower
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def stage(self, name: str, flags: dict[str, rules.Flags], limit: float = 0.0) -> bool:
+        steps = flags[name].get("loop.steps", 0)
+        taken = 10 + int(steps) * SECONDS.get(name, 0.0) * self._slower
+        self.now += min(taken, limit or taken)
+        return taken <= (limit or taken)
+
+
+@pytest.mark.parametrize("slower", [0.9, 1.0, 1.5, 4.0])
+def test_the_stages_end_in_time_on_a_machine_that_becomes_slower(
+    slower: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine, pairs = _Machine(slower), replace(PAIRS, train=5000, held_out=500)
+    monkeypatch.setattr(demo_module, "time", machine)
+    (tmp_path / "seconds.json").write_text('{"bpe": 4.0}')
+    config = DemoConfig(data="x", minutes=30, out=tmp_path)
+    walk: Any = OwnPairs(config, server=None)  # type: ignore[arg-type]
+    walk._stage = machine.stage
+    machine.now += 60  # packing, and measuring
+    plan = Plan(pairs=pairs, size=SIZES[0], seconds=SECONDS, steps={})
+    for name in ("dvae", "tokenize", "clip", "prior"):
+        if name == "tokenize":
+            machine.stage(name, walk._flags(plan))
+        else:
+            plan = walk._train(name, plan)
+    assert 0.6 * 1800 < machine.now < 0.86 * 1800  # the rest is for drawing and the verdict
+    assert plan == from_json(Plan, json.loads((tmp_path / "sizes.json").read_bytes()))
+    assert ("dvae" in plan.stopped) == (slower > 1.5) and "prior" not in plan.stopped
+    kept = {**plan.steps}
+    assert walk._train("prior", plan).steps == kept, "a resumed stage keeps its steps"
 
 
 def test_facts_of_packed_pairs(raw: Path, bpe: Path) -> None:
