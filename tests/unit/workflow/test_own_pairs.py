@@ -109,7 +109,7 @@ class _Machine:
         return taken <= (limit or taken)
 
 
-@pytest.mark.parametrize("slower", [0.9, 1.0, 1.5, 4.0])
+@pytest.mark.parametrize("slower", [0.9, 1.0, 1.3, 4.0])
 def test_the_stages_end_in_time_on_a_machine_that_becomes_slower(
     slower: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -128,7 +128,7 @@ def test_the_stages_end_in_time_on_a_machine_that_becomes_slower(
             plan = walk._train(name, plan)
     assert 0.6 * 1800 < machine.now < 0.86 * 1800  # the rest is for drawing and the verdict
     assert plan == from_json(Plan, json.loads((tmp_path / "sizes.json").read_bytes()))
-    assert ("dvae" in plan.stopped) == (slower > 1.5) and "prior" not in plan.stopped
+    assert plan.stopped == (("dvae", "clip", "prior") if slower == 4.0 else ())
     kept = {**plan.steps}
     assert walk._train("prior", plan).steps == kept, "a resumed stage keeps its steps"
 
