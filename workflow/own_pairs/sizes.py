@@ -106,7 +106,7 @@ class Pairs:
 
 def replicas(cores: int, gpus: int) -> int:
     """Data-parallel ranks of a machine: a power of two, a core or a GPU for each."""
-    return 2 ** int(math.log2(max(1, min(gpus or cores, _MOST_REPLICAS))))
+    return 1 << int(math.log2(max(1, min(gpus or cores, _MOST_REPLICAS))))
 
 
 def fitting(pairs: Pairs) -> list[Size]:
@@ -115,7 +115,7 @@ def fitting(pairs: Pairs) -> list[Size]:
     for size in SIZES:
         if size.pixels <= max(pairs.side, SMALL.pixels):
             most = pairs.train * size.grid**2 // _TOKENS_PER_CODE
-            codes = 2 ** int(math.log2(max(32, min(size.codebook, most))))
+            codes = 1 << int(math.log2(max(32, min(size.codebook, most))))
             sizes.append(replace(size, codebook=codes))
     return sizes
 
@@ -125,7 +125,10 @@ def settings_of(size: Size, pairs: Pairs) -> dict[str, StageConfig]:
     mesh, one = MeshConfig(data=pairs.replicas), EngineConfig(precision="auto")
     engine = prior_tiny().engine if pairs.replicas > 1 else one
     dvae, clip, prior = dvae_tiny(), clip_tiny(), prior_tiny()
-    text = {"text_length": pairs.text_length, "text_vocabulary": pairs.vocabulary}
+    text: dict[str, Any] = {
+        "text_length": pairs.text_length,
+        "text_vocabulary": pairs.vocabulary,
+    }
     look = ClipConfig(pixels=size.pixels, patch=size.patch, **text)
     model = PriorConfig(
         dim=size.dim,
@@ -135,7 +138,9 @@ def settings_of(size: Size, pairs: Pairs) -> dict[str, StageConfig]:
         grid=size.grid,
         **text,
     )
-    sizes = {name: getattr(size, name) for name in ("pixels", "groups", "codebook", "width")}
+    sizes: dict[str, Any] = {
+        name: getattr(size, name) for name in ("pixels", "groups", "codebook", "width")
+    }
     loop = replace(clip.loop, global_batch_size=clip_batch(pairs))
     return {
         "dvae": replace(dvae, model=replace(dvae.model, **sizes), mesh=mesh),
@@ -146,7 +151,7 @@ def settings_of(size: Size, pairs: Pairs) -> dict[str, StageConfig]:
 
 def clip_batch(pairs: Pairs) -> int:
     """Pairs that are contrasted together: fewer of a small set."""
-    return min(128, 2 ** int(math.log2(max(LEAST_PAIRS, pairs.train // 4))))
+    return min(128, 1 << int(math.log2(max(LEAST_PAIRS, pairs.train // 4))))
 
 
 def step_seconds(size: Size, pairs: Pairs, measured: dict[str, float]) -> dict[str, float]:

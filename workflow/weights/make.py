@@ -121,7 +121,7 @@ def run_of(recipe: Recipe, seed: int, folder: Path) -> RunFile:
 
 def _figures(run: Path) -> dict[str, Any]:
     """The last held-out figures of a seed's runs."""
-    figures = {}
+    figures: dict[str, Any] = {}
     for stage, names in _FIGURES.items():
         rows = [row for row in read_metrics(run / stage) if row.get("split") == "validation"]
         figures |= {name: rows[-1][name] for name in names}

@@ -1,7 +1,6 @@
 """Score shipped models as their card says, from captions alone."""
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 
@@ -34,5 +33,5 @@ def score_of(models: ModelPaths, score: Score) -> float:
 
 def scored(models: ModelPaths, score: Score, captions: list[str]) -> Score:
     """The score with its captions and its value."""
-    given: Any = replace(score, captions=tuple(dict.fromkeys(captions)))
+    given = replace(score, captions=tuple(dict.fromkeys(captions)))
     return replace(given, value=score_of(models, given))
