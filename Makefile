@@ -6,7 +6,6 @@ BIN := $(VENV)/bin
 # those of `make install`, from then on
 CONSTRAINTS ?= $(or $(file <$(VENV)/.constraints),constraints/cpu.txt)
 DATA ?= shapes
-OUT ?= $(if $(filter shapes,$(DATA)),runs/demo,runs/demo-$(DATA))
 PY312 ?= $(HOME)/.cache/tapir/py312
 PYTHON312 ?= $(shell for python in python3.12 $(HOME)/.pyenv/versions/3.12.*/bin/python3; do \
 	$$python -c "" 2>/dev/null && echo $$python && break; done)
@@ -21,7 +20,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 SYSTEM := npm:npm ip:iproute2 /usr/share/wordnet/data.noun:wordnet-base \
 	chromium:chromium /usr/sbin/slurmctld:slurm-wlm /usr/sbin/munged:munge cc:gcc
 
-.PHONY: install system demo docs test test-slow test-fast check faults soak matrix mutants slurm \
+.PHONY: install system demo weights docs test test-slow test-fast check faults soak matrix mutants slurm \
 	bench gpu wheels py312 clean
 
 install: $(STAMP)
@@ -49,7 +48,13 @@ system:
 	done
 
 demo: $(STAMP) $(if $(filter emoji,$(DATA)),system)
-	$(BIN)/tapir demo --data $(DATA) --out $(OUT) $(if $(MESH),--mesh $(MESH))
+	$(BIN)/tapir demo --data $(DATA) $(if $(OUT),--out $(OUT)) $(if $(MESH),--mesh $(MESH)) \
+		$(if $(MINUTES),--minutes $(MINUTES))
+
+# The models that come with Tapir, again, with their cards: SETS="shapes emoji" SEEDS="0 1 2" STEPS=1.
+weights: $(STAMP) system
+	$(BIN)/python -P -m workflow.weights $(SETS) $(if $(SEEDS),--seeds $(SEEDS)) \
+		$(if $(STEPS),--steps $(STEPS))
 
 test: $(DEV_STAMP) system
 	$(PYTEST)

@@ -6,10 +6,8 @@ from typing import Annotated
 from cluster.chain import CHAIN
 from core.flags import FLAT, PositionalText, parse
 from core.log import LOG
-from generation.config import (
-    DemoConfig,
-    SampleRun,
-)
+from generation.config import SampleRun
+from workflow.demo_config import DemoConfig
 
 
 def demo(arguments: list[str]) -> None:

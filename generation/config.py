@@ -1,4 +1,4 @@
-"""Settings of the demo, of sampling, of evaluation and of the overlap pass; imports no torch."""
+"""Settings of sampling, of evaluation and of the overlap pass; imports no torch."""
 
 import math
 from dataclasses import dataclass, field, fields
@@ -11,28 +11,6 @@ from parallel.config import MeshConfig
 
 _LEAST_TEMPERATURE, _MOST_GUIDANCE = 0.001, 100
 """Beyond them, logits overflow."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DemoConfig:
-    """Settings of `tapir demo`: all stages on this machine."""
-
-    data: Literal["shapes", "emoji"] = "shapes"
-    """Generated pictures with a checker, or real emoji (through npm)."""
-    out: Path | None = None
-    """Folder of the demo; default runs/demo (runs/demo-emoji for emoji)."""
-    mesh: Literal["tp2pp2dp2", "1"] = "tp2pp2dp2"
-    """Mesh of the prior's last part: training starts on 2 ranks and resumes from their checkpoint
-    on 8 ranks with tensor, pipeline and data parallelism and compressed gradients. 1 = every stage
-    on one process, also used if there are fewer GPUs than ranks."""
-    size: Literal["tiny", "mini"] = "tiny"
-    """tiny: minutes, pictures worth looking at. mini: a test of the plumbing."""
-    seed: int = 0
-    """Seed of all training and of the draws; all seeds have the same data."""
-
-    @property
-    def folder(self) -> Path:
-        return self.out or Path("runs/demo" if self.data == "shapes" else f"runs/demo-{self.data}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +129,48 @@ class PromptConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelPaths:
+class ModelChoice:
+    """Run folders of the models. Without them `tapir sample` takes the newest set of your own in
+    runs/ or a folder in it, e.g. runs/demo, else shipped models."""
+
+    prior: Path | None = None
+    """Run folder of a prior; an unfinished run gives its newest checkpoint."""
+    step: int | None = None
+    """Take the prior's checkpoint of this step."""
+    dvae: Path | None = None
+    """Run folder of the dVAE, or of another image tokenizer, that the prior was trained on; by
+    default beside the prior."""
+    clip: Path | None = None
+    """Run folder of a CLIP, or a folder with an open_clip checkpoint (open_clip_config.json and
+    open_clip_model.safetensors); by default beside the prior."""
+    bpe: Path | None = None
+    """Folder of tokenizer.json; by default beside the prior."""
+
+    @property
+    def asked(self) -> bool:
+        return any(value is not None for value in vars(self).values())
+
+    @property
+    def paths(self) -> "ModelPaths":
+        """All folders; those not given are beside the prior if they exist, else in runs/."""
+        usual = ModelPaths()
+        prior = self.prior or usual.prior
+
+        def folder(given: Path | None, default: Path) -> Path:
+            beside = prior.with_name(default.name)
+            return given or (beside if beside.exists() else default)
+
+        return ModelPaths(
+            prior=prior,
+            step=self.step,
+            dvae=folder(self.dvae, usual.dvae),
+            clip=folder(self.clip, usual.clip),
+            bpe=folder(self.bpe, usual.bpe),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelPaths(ModelChoice):
     """Run folders of the models."""
 
     prior: Path = Path("runs/prior")
@@ -173,8 +192,11 @@ class SampleRun:
 
     captions: tyro.conf.Positional[tuple[str, ...]]
     """One or more captions, each in quotes."""
-    out: Path = Path("samples.png")
-    """PNG to write: the best candidates, one row per caption."""
+    out: Path | None = None
+    """PNG to write: the best candidates, one row per caption; by default runs/samples/CAPTION.png.
+    """
+    weights: str = ""
+    """Draw with these shipped models, shapes or emoji, whatever is in runs/."""
     show: int = 8
     """Best candidates in each row."""
     pictures: Path | None = None
@@ -188,7 +210,7 @@ class SampleRun:
     """Tensor-parallel ranks, for a prior that is too large for one process."""
     pipeline: int = 1
     """Pipeline stages of the prior."""
-    models: ModelPaths = field(default_factory=ModelPaths)
+    models: ModelChoice = field(default_factory=ModelChoice)
     """Run folders of the models."""
     keep: PromptConfig = field(default_factory=PromptConfig)
     """Image prompt, and which of its tokens are kept."""
@@ -203,6 +225,12 @@ class SampleRun:
         problems = [*self.draw.problems(), *self.keep.problems()]
         if not self.captions or self.show < 1:
             problems.append("give at least one caption in quotes, and a --show of at least 1")
+        if self.weights and self.models.asked:
+            problems.append(
+                "--weights names shipped models: leave out --prior, --step, --dvae, --clip, --bpe"
+            )
+        if self.weights and self.follow:
+            problems.append("--follow draws from a prior in training: give --prior, not --weights")
         if self.follow and (self.models.step is not None or self.pictures is not None):
             problems.append("--follow draws from all checkpoints; leave out --step and --pictures")
         if min(self.tensor, self.pipeline) < 1:

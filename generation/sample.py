@@ -5,7 +5,9 @@ All ranks of a mesh decode tokens together; rank 0 alone decodes pixels, ranks a
 
 import json
 import os
+import re
 from dataclasses import replace
+from pathlib import Path
 
 from cluster.launcher import launch
 from core.config import check, from_json, to_json
@@ -17,6 +19,7 @@ from core.log import LOG, progress
 from core.stop import heed_stop_signals
 from data_pipeline.images.crops import encode_png
 from data_pipeline.text.captions import clean_caption
+from generation.choose_models import with_models
 from generation.config import SampleRun
 from generation.follow import BOARD, show, shown_steps, steps_to_draw
 from generation.sampling.load_prior import cut_problems
@@ -34,6 +37,9 @@ from parallel.mesh import Mesh, build_mesh, own_mesh
 from parallel.world import join_world, leave_world
 from training.export.weights import open_model, saved_steps
 
+SAMPLES = Path("runs/samples")
+"""Folder of pictures without an --out."""
+_LONGEST_NAME = 60
 PRELOAD = ["torch", "torch.distributed", "generation.sample", MEGATRON]
 
 
@@ -43,7 +49,8 @@ def sample(run: SampleRun) -> None:
     Raises: ConfigError with every problem of the settings; RankError if a rank dies.
     """
     check(run.problems())
-    refuse_folder(run.out)
+    run = with_models(run, _texts(run))
+    refuse_folder(_target(run))
     if run.pictures is not None:
         refuse_folder(run.pictures / picture_name(0, 0))
     started = ranks_given()
@@ -67,7 +74,7 @@ def _follow(run: SampleRun) -> None:
 
     Raises: the last checkpoint's error if none could be drawn from.
     """
-    prior, drawn, failed = run.models.prior, 0, None
+    prior, drawn, failed = run.models.paths.prior, 0, None
     shown: set[int] | None = None
     for step in steps_to_draw(prior):
         shown = shown_steps(prior, _texts(run)) if shown is None else shown
@@ -95,9 +102,8 @@ def _draw(run: SampleRun) -> None:
     if run.mesh.world == 1:
         _sample(run, own_mesh())
     else:
-        sizes = from_json(
-            PriorConfig, open_model(run.models.prior, "prior", run.models.step).config
-        )
+        models = run.models.paths
+        sizes = from_json(PriorConfig, open_model(models.prior, "prior", models.step).config)
         check(cut_problems(sizes, run.tensor, run.pipeline))
         launch("generation.sample:rank_main", json.dumps(to_json(run)), run.mesh.world, PRELOAD)
 
@@ -117,7 +123,7 @@ def _sample(run: SampleRun, mesh: Mesh) -> None:
     """Open the models once, draw on all ranks of the mesh, and write on the first one."""
     captions, draws = _texts(run), run.draw.draws
     studio = open_studio(
-        run.models,
+        run.models.paths,
         run.draw.precision,
         mesh,
         one_row=run.draw.one_row(len(captions)),
@@ -143,15 +149,24 @@ def _sample(run: SampleRun, mesh: Mesh) -> None:
 def _write(run: SampleRun, drawn: list[Candidates]) -> None:
     """Write the grid of the best candidates, and print their scores if they were ranked."""
     grid = picture_grid([row.pictures[: run.show] for row in drawn], 4)
-    write_atomic(run.out, encode_png(grid))
-    LOG.info("wrote %s", run.out)
+    write_atomic(_target(run), encode_png(grid))
+    LOG.info("wrote %s", _target(run))
     scores: Json = {row.caption: row.scores[: run.show].tolist() for row in drawn}
     if run.follow and run.models.step is not None:
-        show(run.models.prior, run.models.step, drawn, run.show)
+        show(run.models.paths.prior, run.models.step, drawn, run.show)
         ranked = {"scores": scores} if run.rerank else {}
         print_json({"step": run.models.step, **ranked})
     elif run.rerank:
         print_json(scores)
+
+
+def _target(run: SampleRun) -> Path:
+    """The PNG to write; without --out it is named by the first caption."""
+    if run.out is not None:
+        return run.out
+    first, *others = _texts(run)
+    name = re.sub(r"[^\w-]+", "-", first).strip("-")[:_LONGEST_NAME] or "picture"
+    return SAMPLES / (name + (f"-and-{len(others)}-more" if others else "") + ".png")
 
 
 def _texts(run: SampleRun) -> list[str]:

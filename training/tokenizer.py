@@ -1,6 +1,6 @@
 """Trains the tokenizer, the only stage without the training loop."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain, islice
 from pathlib import Path
 
@@ -14,8 +14,9 @@ from core.log import LOG
 from core.storage.store import open_store
 from core.workers import job_worker_of
 from data_pipeline.stored_captions import StoredCaptions
-from data_pipeline.text.bpe import load_tokenizer, save_tokenizer, train_bpe
+from data_pipeline.text.bpe import count_words, learn_merges, load_tokenizer, save_tokenizer
 from data_pipeline.text.captions import clean_caption, is_visible
+from data_pipeline.text.words import known_words, save_words
 from training.config import BPETrain
 from training.word_counts import CountJob
 
@@ -30,7 +31,9 @@ def train_tokenizer(settings: BPETrain) -> None:
     member = job_worker_of(settings.worker)
     if settings.texts is None:
         source = StoredCaptions(open_store(settings.data), "train")
-        _keep(CountJob(source, settings, member).run(), settings)
+        job = CountJob(source, settings, member)
+        tokenizer = job.run()
+        _keep(tokenizer, job.words(), settings)
         return
     if member.count > 1:
         raise ConfigError("one process reads --texts; start it without other workers")
@@ -39,18 +42,20 @@ def train_tokenizer(settings: BPETrain) -> None:
     if first is None:
         raise InputError(f"{settings.texts} holds no caption; give a larger one")
     with held(settings.out, "train bpe"):
-        learned = train_bpe(chain([first], captions), settings.vocabulary, settings.spaces)
-        _keep(learned, settings)
+        words = count_words(chain([first], captions), settings.spaces)
+        _keep(learn_merges(words, settings.vocabulary, settings.spaces), words, settings)
 
 
-def _keep(tokenizer: Tokenizer, settings: BPETrain) -> None:
-    """Write tokenizer.json, unless the folder has another tokenizer."""
+def _keep(tokenizer: Tokenizer, words: Mapping[str, int], settings: BPETrain) -> None:
+    """Write words.json and tokenizer.json, unless the folder has another tokenizer."""
     entries = tokenizer.get_vocab_size()
     if entries < settings.vocabulary:
         LOG.warning(
             "the captions have merges for %d entries only, not %d", entries, settings.vocabulary
         )
     _keep_others(tokenizer, settings)
+    if words:
+        save_words(known_words(words), settings.out)
     save_tokenizer(tokenizer, settings.out)
     LOG.info("captions -> %s with %d entries", settings.out, entries)
 

@@ -2,6 +2,7 @@
 
     OUT/counts/<task>.json                 the words of some shards' captions
     OUT/counts/tokenizer-<request>.json    the tokenizer of all captions
+    OUT/counts/words-<request>.json        the words that it was learned from
     OUT/counts/_done/, OUT/job.json        those of every job (data_pipeline/jobs/worker.py)
 
 Counts are named by the content of their shards, so that another vocabulary or a larger set counts
@@ -52,14 +53,25 @@ class CountJob:
 
     def run(self) -> Tokenizer:
         """Count what no other worker counts; returns the tokenizer when all is counted."""
-        names = [task.name for task in self.tasks]
-        sizes = {name: getattr(self._settings, name) for name in ("vocabulary", "max_captions")}
-        request = sha256(canonical_json({"tasks": names, **sizes}))[:12]
-        result = f"{COUNTS}tokenizer-{request}.json"
+        result = f"{COUNTS}tokenizer-{self._request()}.json"
         finisher = self._job.finisher(COUNTS, result, lambda: self._learn(result))
         self._job.announce("train bpe", [finisher])
         self._job.run(Work(make=self._count), [finisher])
         return Tokenizer.from_str(self._store.get(result).decode())
+
+    def words(self) -> dict[str, int]:
+        """The counts that the tokenizer was learned from; none if an older Tapir learned it."""
+        name = self._words_file()
+        counts: dict[str, int] = self._read(name)["words"] if self._store.exists(name) else {}
+        return counts
+
+    def _request(self) -> str:
+        names = [task.name for task in self.tasks]
+        sizes = {name: getattr(self._settings, name) for name in ("vocabulary", "max_captions")}
+        return sha256(canonical_json({"tasks": names, **sizes}))[:12]
+
+    def _words_file(self) -> str:
+        return f"{COUNTS}words-{self._request()}.json"
 
     def _count(self, task: CountTask, progress: Progress) -> Record:
         captions = 0
@@ -95,6 +107,7 @@ class CountJob:
         except AbsentError:
             return False
         tokenizer = learn_merges(words, self._settings.vocabulary, self._settings.spaces)
+        self._store.put(self._words_file(), seal({"words": words}))
         self._store.put(result, tokenizer.to_str(pretty=True).encode())
         return True
 

@@ -55,6 +55,8 @@ def write_report(folder: Path) -> Path:
         gallery=[_gallery_row(row, samples / row["file"]) for row in rows],
         reconstructions=_embed(samples / "reconstructions.png"),
         prompted=_embed(samples / "image-prompts.png"),
+        verdict=summary.get("verdict"),
+        nearest=_embed(folder / "nearest.png") if "verdict" in summary else "",
         best_of=best_of_counts(summary.get("caption_accuracy") or {}),
         plots=_plots(folder, summary, scores),
         costs=costs,

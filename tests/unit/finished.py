@@ -9,7 +9,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from core.config import to_json
-from data_pipeline.text.bpe import load_tokenizer, save_tokenizer, train_bpe
+from data_pipeline.text.bpe import count_words, load_tokenizer, save_tokenizer, train_bpe
+from data_pipeline.text.words import known_words, save_words
 from generation.config import ModelPaths
 from generation.ranking import CONFIG, WEIGHTS
 from models.clip import Clip
@@ -45,6 +46,7 @@ def write_models(
     """
     models = ModelPaths(**{name: folder / name for name in ("prior", "dvae", "clip", "bpe")})
     save_tokenizer(train_bpe(captions, 280), models.bpe)
+    save_words(known_words(count_words(captions)), models.bpe)
     tokenizer, digest = load_tokenizer(models.bpe)
     vocabulary = tokenizer.get_vocab_size()
     sizes = DVAEConfig(pixels=PIXELS, width=4, groups=3, codebook=16, code_width=8)

@@ -154,8 +154,8 @@ def verify_index(folder: Path, files: Iterable[str]) -> None:
 
 
 def open_weights(folder: Path, files: Iterable[str]) -> tuple[Shapes, Read]:
-    """Shapes of all tensors of some files, and a function that reads one by its name."""
+    """Shapes of all tensors of some files, and a function that reads one by its name, in fp32."""
     opened = [safe_open(str(folder / file), "pt") for file in files]
     holds = {name: file for file in opened for name in file.keys()}  # noqa: SIM118
     shapes = {name: tuple(file.get_slice(name).get_shape()) for name, file in holds.items()}
-    return shapes, lambda name: holds[name].get_tensor(name)
+    return shapes, lambda name: holds[name].get_tensor(name).float()

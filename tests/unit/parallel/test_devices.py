@@ -12,12 +12,12 @@ import parallel.world
 from core.errors import ConfigError
 from core.gpus import gpu_of_rank, own_gpus, usable_gpus, visible_gpus
 from core.launch_environment import local_ranks
-from generation.config import DemoConfig
 from parallel.device import CPU, CudaStopwatch, backends, rank_device, refuse_shared_gpus
 from parallel.mesh import own_mesh
 from training import launch as main
 from training.presets import PRESETS
 from workflow.demo import demo_stages, fitted
+from workflow.demo_config import DemoConfig
 
 TORCHRUN = {"TORCHELASTIC_RUN_ID": "none"}
 

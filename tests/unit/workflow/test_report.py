@@ -234,3 +234,16 @@ def test_best_of_takes_every_count_in_order() -> None:
         2: 2.0,
         16: 3.0,
     }
+
+
+def test_a_verdict_of_own_pairs_is_told_with_the_nearest_pictures(tmp_path: Path) -> None:
+    folder = demo_folder(tmp_path / "demo")
+    assert "Were the pairs enough?" not in write_report(folder).read_text()
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"verdict": {"findings": ["The pairs <were> enough."]}, "stopped": ["prior"]}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    nearest = (folder / "samples" / "1.png").read_bytes()
+    (folder / "nearest.png").write_bytes(nearest)
+    html = write_report(folder).read_text()
+    assert "The pairs &lt;were&gt; enough." in html and base64.b64encode(nearest).decode() in html
+    assert "Out of time before its last step: prior." in html

@@ -1,0 +1,83 @@
+"""The first hour in miniature: a demo of own pairs, and the shipped models made again."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from core.files.atomic import sha256
+from data_pipeline.images.crops import encode_png
+from data_pipeline.sources.drawn.shapes import draw_scene, render
+from generation import shipped
+from tests.harness import ROOT, cold_tapir, tapir
+from training.export.weights import open_model, saved_steps
+from workflow.chain.here import LocalStage, run_stage, seconds_of
+from workflow.weights.score import score_of
+
+
+def _folder(root: Path, count: int) -> Path:
+    """Pictures with captions beside them, as a user has them; one picture has none."""
+    root.mkdir()
+    for i in range(count):
+        scene = draw_scene(7, i)
+        (root / f"{i:04d}.png").write_bytes(encode_png(render(scene, 48, 7, i)))
+        (root / f"{i:04d}.txt").write_text(scene.caption)
+    (root / "extra.png").write_bytes((root / "0000.png").read_bytes())
+    return root
+
+
+@pytest.mark.slow
+def test_a_demo_of_own_pairs_in_miniature(tmp_path: Path) -> None:
+    pairs, out = _folder(tmp_path / "My Pairs", 200), tmp_path / "demo"
+    flags = [f"--data={pairs}", "--size=mini", f"--out={out}"]
+    cold_tapir("demo", *flags, cwd=tmp_path)
+    summary = json.loads((out / "summary.json").read_text())
+    verdict = json.loads((out / "verdict.json").read_text())
+    assert summary["verdict"] == verdict and verdict["enough"] in ("yes", "partly", "no")
+    plan = json.loads((out / "sizes.json").read_text())
+    assert plan["pairs"]["train"] + plan["pairs"]["held_out"] == 200 and plan["stopped"] == []
+    assert plan["pairs"]["side"] == 48 and plan["size"]["pixels"] == 32
+    assert set(plan["seconds"]) == {"dvae", "clip", "prior"} and min(plan["seconds"].values()) > 0
+    html = (out / "report.html").read_text()
+    assert "Were the pairs enough?" in html and verdict["findings"][0][:20] in html
+    again = tapir("demo", *flags, cwd=tmp_path)
+    assert "has all 16 steps already" in again and "measuring" not in again
+    assert "has another --minutes" in tapir("demo", *flags, "--minutes=9", code=2, cwd=tmp_path)
+    few = tapir("demo", f"--data={_folder(tmp_path / 'few', 50)}", "--size=mini", code=2)
+    assert "a demo needs about" in few
+
+
+@pytest.mark.slow
+def test_a_stage_out_of_time_leaves_a_checkpoint_that_is_used(raw: Path, tmp_path: Path) -> None:
+    command = ["train", "dvae", "tiny", f"--data={raw}", f"--out={tmp_path / 'dvae'}"]
+    command += ["--loop.steps=100000", "--mesh.data=1", "--loop.validate-every=0"]
+    stage = LocalStage(name="dvae", commands=[command])
+    assert not run_stage(stage, tmp_path, {}, limit=0.1)
+    (step,) = saved_steps(tmp_path / "dvae", "dvae")
+    assert 0 < step < 100_000 and open_model(tmp_path / "dvae", "dvae").facts["step"] == step
+    assert seconds_of(tmp_path)["dvae"] > 0
+
+
+@pytest.mark.slow
+def test_shipped_weights_are_made_again_in_miniature(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    command = [sys.executable, "-P", "-m", "workflow.weights", "shapes", "--miniature"]
+    command += ["--seeds", "1", f"--work={tmp_path / 'work'}", f"--out={out}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    monkeypatch.setattr(shipped, "WEIGHTS", out)
+    card = shipped.read_card("shapes")
+    assert [row["seed"] for row in card.seeds] == [1] and card.seed == 1
+    assert card.seeds[0]["score"] == card.score.value and card.seeds[0]["image_loss"] > 0
+    models = shipped.shipped_models("shapes")
+    assert score_of(models, card.score) == card.score.value
+    run = tmp_path / "work" / "shapes" / "seed-1"
+    assert open_model(models.prior, "prior").facts["trained"] == sha256(
+        (run / "prior" / "model.safetensors").read_bytes()
+    )
+    text = (out / "shapes" / "README.md").read_text()
+    assert "(shipped)" in text and "make weights SETS=shapes" in text

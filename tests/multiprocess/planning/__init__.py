@@ -1,0 +1,1 @@
+"""Measurements of planning, on real ranks."""
