@@ -58,6 +58,11 @@ def write_transformers(
         write_atomic(folder / path.name, path.read_bytes())
 
 
+def loads_elsewhere(models: Mapping[str, Weights]) -> bool:
+    """True if `transformers` can load one of the models."""
+    return any(model.stage in SIZES for model in models.values())
+
+
 def own_shapes(model: Weights) -> Shapes:
     """Shapes by the names of a network's parameters."""
     prefix = KINDS[model.stage].prefix

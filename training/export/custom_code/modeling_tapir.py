@@ -177,7 +177,8 @@ class TapirModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """Codes of pictures in [0, 1]: (B, 3, S, S) -> (B, image_length) int64."""
         epsilon: float = self._dvae()["epsilon"]
         squeezed = (1 - 2 * epsilon) * pictures.to(self.encoder[0].weight.dtype) + epsilon
-        return self.quantizer.codes(self.encoder(squeezed).float()).flatten(1)
+        outputs = self.encoder(squeezed.contiguous(memory_format=torch.channels_last))
+        return self.quantizer.codes(outputs.float()).flatten(1)
 
     def _dvae(self) -> dict[str, Any]:
         sizes: dict[str, Any] | None = self.config.dvae
