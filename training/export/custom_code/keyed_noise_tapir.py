@@ -7,7 +7,6 @@ as easy as 1, 2, 3"). Runs on CPUs and CUDA; needs float64.
 
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +46,7 @@ class KeyedNoise(LogitsProcessor):  # type: ignore[misc]
         self._keys, self._text, self._temperature = list(keys), text_length, temperature
         self._canonical = canonical
 
-    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Shapes: (B, text_length + n), (B, codes) -> (B, codes)."""
         if len(self._keys) != len(scores):
             raise ValueError(

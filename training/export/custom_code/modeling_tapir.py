@@ -128,6 +128,11 @@ class TapirModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         self, input_ids: Tensor, cache: Any = None, past_key_values: Any = None, **_: Any
     ) -> dict[str, Any]:
         """All ids: `forward` computes those that the cache has not."""
+        if input_ids.shape[1] >= self.text_length + self.image_length:
+            raise ValueError(
+                f"all {self.image_length} codes of a picture are there; leave out max_new_tokens "
+                "and max_length, which generation_config.json sets"
+            )
         cache = past_key_values if cache is None else cache
         return {"input_ids": input_ids, "cache": cache, "logits_to_keep": 1}
 

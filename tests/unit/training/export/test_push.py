@@ -2,10 +2,9 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
-import huggingface_hub
 import pytest
+from huggingface_hub import constants
 
 from cli.export import export
 from core.errors import ConfigError, InputError, TapirError
@@ -29,7 +28,6 @@ def runs(tmp_path: Path) -> Path:
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Hub]:
     """A hub that this process uploads to."""
     with hub_server() as hub:
-        constants: Any = huggingface_hub.constants
         monkeypatch.setattr(constants, "ENDPOINT", hub.address)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
         monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "no-token"))

@@ -4,6 +4,7 @@ Without `site` the packages beside this Python can be imported, but not Tapir, w
 in place. A job is a folder, captions or ids, a seed, and how many candidates.
 """
 
+import contextlib
 import json
 import sys
 from importlib.util import find_spec
@@ -41,6 +42,9 @@ def main(jobs: dict[str, Any], out: str) -> None:
         drawn[f"{name}.top_k"] = codes(text, [TopKLogitsWarper(3), cool])
         prompt = drawn[f"{name}.greedy"][:, : job["kept"]]
         drawn[f"{name}.prompt"] = codes(torch.cat([text, prompt], 1), [noise])
+        with contextlib.suppress(ValueError):
+            model.generate(text, max_new_tokens=model.image_length + 1)
+            raise AssertionError("more codes than a picture has")
         if model.config.dvae:
             pictures = model.pictures(drawn[f"{name}.keyed"])
             drawn[f"{name}.pictures"] = pictures
