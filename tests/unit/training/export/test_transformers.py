@@ -48,6 +48,8 @@ RUNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """Options of a prior and of its dVAE."""
 IDS = torch.tensor([[3, 1, -1, -1], [19, 0, 7, 5]], device="cpu")
 """Of the run of adapters, which has no tokenizer."""
+ROUNDING = {"rtol": 0.0, "atol": 1e-6}
+"""Convolutions of two processes may differ in the last bit; test_custom_code.py compares all."""
 
 
 def _save(folder: Path, stage: str, config: Any, network: nn.Module, facts: Any) -> str:
@@ -141,8 +143,8 @@ def test_codes_and_pictures_are_those_of_tapir(
     prompt = Prompt(codes=greedy[::COUNT], kept=kept)
     assert mine["prompt"].equal(_rows(studio.codes(CAPTIONS, SETTINGS, prompt), 3, 16))
     assert len(keyed.unique(dim=0)) == 9 and len(greedy.unique(dim=0)) == 3
-    pictures = studio.decode(keyed)
-    assert elsewhere[f"{name}.pictures"].equal(pictures)
+    pictures = elsewhere[f"{name}.pictures"]
+    torch.testing.assert_close(pictures, studio.decode(keyed), **ROUNDING)
     assert elsewhere[f"{name}.codes"].equal(studio.encode(pictures))
     half = elsewhere[f"{name}.half"]
     assert half.shape == pictures.shape and half.dtype == torch.float32
@@ -166,7 +168,7 @@ def test_a_run_of_adapters_draws_as_the_merged_model(
 def test_a_dvae_alone_decodes(place: Path, elsewhere: dict[str, Tensor]) -> None:
     codes = torch.arange(16, device="cpu")[None]
     expected = open_tokenizer(place / "paper" / "dvae").pictures(codes)
-    assert elsewhere["dvae.pictures"].equal(expected)
+    torch.testing.assert_close(elsewhere["dvae.pictures"], expected, **ROUNDING)
 
 
 def test_the_folder_still_imports_byte_for_byte(place: Path, tmp_path: Path) -> None:
