@@ -65,13 +65,11 @@ def _export(
         private: make the repository private, if it is new
         dry_run: with --push, write OUT and show what would be uploaded
     """
-    check(_problems(to, shard_gigabytes, push, dry_run))
+    _refuse_wrong_flags(to, shard_gigabytes, push, dry_run)
     if to == OPENAI:
         for path in export_dvae(dvae or runs, out):
             LOG.info("wrote %s", path)
         return
-    if push:
-        check_repository(push)
     parts = find_parts(runs, {"prior": prior, "dvae": dvae, "clip": clip, "bpe": bpe})
     if push and holds_already(out / INDEX, digests_of(parts)):
         LOG.info("%s holds these models already", out)
@@ -82,7 +80,7 @@ def _export(
         _upload(out, push, private, dry_run)
 
 
-def _problems(to: str, shard_gigabytes: float, push: str, dry_run: bool) -> list[str]:
+def _refuse_wrong_flags(to: str, shard_gigabytes: float, push: str, dry_run: bool) -> None:
     problems = []
     if not shard_gigabytes > 0:
         problems.append("--shard-gigabytes must be above 0; the hub's is 5")
@@ -90,7 +88,9 @@ def _problems(to: str, shard_gigabytes: float, push: str, dry_run: bool) -> list
         problems.append(f"--push uploads the layout {HUB}; leave out --to {to}")
     if dry_run and not push:
         problems.append("--dry-run shows what --push would upload; give --push USER/NAME")
-    return problems
+    check(problems)
+    if push:
+        check_repository(push)
 
 
 def _upload(folder: Path, repository: str, private: bool, dry_run: bool) -> None:
