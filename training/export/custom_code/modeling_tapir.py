@@ -172,7 +172,7 @@ class TapirModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         """Pictures of codes, or of what `generate` returns: (B, ...) -> (B, 3, S, S) in [0, 1]."""
         dvae = self._dvae()
         grid = codes[:, -self.image_length :].reshape(-1, self.grid, self.grid)
-        inputs = self.quantizer.inputs(grid).to(self.decoder[0].weight.dtype)
+        inputs = self.quantizer.inputs(grid).to(self.dtype)
         location = self.decoder(inputs).chunk(2, 1)[0].float()
         epsilon: float = dvae["epsilon"]
         return ((location.sigmoid() - epsilon) / (1 - 2 * epsilon)).clamp(0, 1)
@@ -181,7 +181,7 @@ class TapirModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def encode(self, pictures: Tensor) -> Tensor:
         """Codes of pictures in [0, 1]: (B, 3, S, S) -> (B, image_length) int64."""
         epsilon: float = self._dvae()["epsilon"]
-        squeezed = (1 - 2 * epsilon) * pictures.to(self.encoder[0].weight.dtype) + epsilon
+        squeezed = (1 - 2 * epsilon) * pictures.to(self.dtype) + epsilon
         outputs = self.encoder(squeezed.contiguous(memory_format=torch.channels_last))
         return self.quantizer.codes(outputs.float()).flatten(1)
 
