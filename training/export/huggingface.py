@@ -7,6 +7,7 @@
     prior/model.safetensors  fp32 weights by parameter name; large models in several files, listed
                              in model.safetensors.index.json
     tokenizer/tokenizer.json
+    config.json, ...         files for `transformers` (transformers.py), which an import ignores
 
 A prior names its dVAE and tokenizer by the digests of the run folders; an import reproduces those
 files byte for byte.
@@ -49,6 +50,12 @@ from training.export.files import (
 from training.export.misfits import misfits
 from training.export.model_card import model_card
 from training.export.tokenizers import open_weights_of
+from training.export.transformers import (
+    TOKENIZER_CONFIG,
+    own_shapes,
+    tokenizer_config,
+    write_transformers,
+)
 from training.export.weights import (
     KINDS,
     Weights,
@@ -123,6 +130,12 @@ def _place(folder: Path, name: str) -> Path | None:
     return folder / name if (folder / name).is_dir() else None
 
 
+def digests_of(parts: Parts) -> dict[str, str]:
+    """sha256 of each part, as an exported folder's index has them."""
+    models = {stage: model.digest for stage, model in parts.models.items()}
+    return models | ({TOKENIZER: load_tokenizer(parts.tokenizer)[1]} if parts.tokenizer else {})
+
+
 def export_parts(parts: Parts, out: Path, most_bytes: int) -> None:
     """Write the folder atomically.
 
@@ -137,21 +150,31 @@ def export_parts(parts: Parts, out: Path, most_bytes: int) -> None:
         "parts": {},
     }
     with new_folder(out) as folder:
+        cuts = {
+            stage: _write_part(model, folder / stage, most_bytes)
+            for stage, model in parts.models.items()
+        }
         for stage, model in parts.models.items():
-            index["parts"][stage] = _write_part(model, folder / stage, most_bytes)
+            index["parts"][stage] = {
+                "sha256": model.digest,
+                "parameters": sum(map(math.prod, model.shapes.values())),
+                "files": list(cuts[stage]),
+            }
         if parts.tokenizer:
             tokenizer, digest = load_tokenizer(parts.tokenizer)
             write_atomic(folder / TOKENIZER / FILE, (parts.tokenizer / FILE).read_bytes())
             entries = tokenizer.get_vocab_size()
+            write_atomic(folder / TOKENIZER / TOKENIZER_CONFIG, tokenizer_config())
             index["parts"][TOKENIZER] = {"sha256": digest, "entries": entries}
+        write_transformers(folder, parts.models, cuts)
         card = model_card(out.absolute().name, index, parts.models)
         write_atomic(folder / "README.md", card.encode())
         write_atomic(folder / INDEX, seal(index))
 
 
-def _write_part(model: Weights, folder: Path, most_bytes: int) -> Json:
-    prefix = KINDS[model.stage].prefix
-    shapes = {name.removeprefix(prefix): shape for name, shape in model.shapes.items()}
+def _write_part(model: Weights, folder: Path, most_bytes: int) -> dict[str, list[str]]:
+    """Write a model; returns the tensors of each file."""
+    prefix, shapes = KINDS[model.stage].prefix, own_shapes(model)
 
     def read(name: str) -> Tensor:
         return _finite(model.read(prefix + name), name, model.where)
@@ -172,7 +195,7 @@ def _write_part(model: Weights, folder: Path, most_bytes: int) -> Json:
     }
     write_atomic(folder / CONFIG, seal(json.loads(json.dumps(body))))
     LOG.info("%s: %d parameters in %d file(s)", model.stage, count, len(cut))
-    return {"sha256": model.digest, "parameters": count, "files": list(cut)}
+    return cut
 
 
 def _cut(shapes: Shapes, most_bytes: int) -> dict[str, list[str]]:

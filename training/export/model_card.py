@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from core.files.atomic import Json
+from training.export.transformers import SIZES, loads_elsewhere
 from training.export.weights import Weights
 
 _WHAT = {
@@ -13,13 +14,27 @@ _WHAT = {
     "tokenizer": "byte-pair encoding of captions",
 }
 _UNKNOWN = "not known"
+_ELSEWHERE = """Without Tapir, by `transformers`:
+
+```python
+from transformers import AutoModel, AutoTokenizer
+
+model = AutoModel.from_pretrained(FOLDER, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(FOLDER, subfolder="tokenizer")
+captions = ["a caption"]
+text = model.text_ids(tokenizer, captions, candidates=4)
+noise = model.keyed_noise(captions, candidates=4, seed=0)  # the draws of tapir sample
+pictures = model.pictures(model.generate(text, logits_processor=[noise]))  # (4, 3, S, S)
+```"""
 
 
 def model_card(name: str, index: Json, models: Mapping[str, Weights]) -> str:
     """The card as Markdown, with the hub's front matter."""
     parts = index["parts"]
     text_to_image = {"dvae", "prior", "tokenizer"} <= parts.keys()
-    front = ["library_name: tapir", *(["pipeline_tag: text-to-image"] if text_to_image else [])]
+    library = "transformers" if loads_elsewhere(models) else "tapir"
+    front = [f"library_name: {library}"]
+    front += ["pipeline_tag: text-to-image"] if text_to_image else []
     sections = [
         "\n".join(["---", *front, "tags: [tapir, dall-e]", "---"]),
         f"# {name}",
@@ -37,6 +52,7 @@ def model_card(name: str, index: Json, models: Mapping[str, Weights]) -> str:
         _table(["part", "sha256", "trained with"], [_ties(n, r, models) for n, r in parts.items()]),
         "## Use",
         _use(name, parts, text_to_image),
+        *([_ELSEWHERE] if text_to_image and models["dvae"].stage in SIZES else []),
     ]
     return "\n\n".join(sections) + "\n"
 

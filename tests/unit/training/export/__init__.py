@@ -1,0 +1,1 @@
+"""Tests of training/export/transformers.py, custom_code/ and push.py."""
