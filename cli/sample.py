@@ -54,8 +54,8 @@ def report(arguments: list[str]) -> None:
             folder: the --out of `tapir demo`, the `out` of a run file, or a folder in which
                 `tapir evaluate --suite` wrote
         """
-        from workflow.report import write_report  # noqa: PLC0415
-        from workflow.summary import summarise_chain  # noqa: PLC0415
+        from workflow.report.page import write_report  # noqa: PLC0415
+        from workflow.report.summary import summarise_chain  # noqa: PLC0415
 
         if (Path(folder) / CHAIN).exists():
             summarise_chain(Path(folder))

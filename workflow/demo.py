@@ -23,10 +23,10 @@ from workflow.chain.here import (
 from workflow.demo_config import DemoConfig
 from workflow.demo_folder import BUCKET, claim, copy_manifests
 from workflow.own_pairs.demo import run_own_pairs
-from workflow.report import write_report
+from workflow.report.page import write_report
+from workflow.report.summary import summarise
 from workflow.run_file import STAGES, RunFile, StageSpec
 from workflow.run_flags import Value
-from workflow.summary import summarise
 
 TOKEN_WORKERS = 2
 MESHES: dict[str, dict[str, Value]] = {

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.unit.workflow.test_report import ACCURACY, SCORES, demo_folder
-from workflow.report import write_report
+from workflow.report.page import write_report
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [

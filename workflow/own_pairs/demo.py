@@ -25,9 +25,9 @@ from workflow.demo_folder import BUCKET, claim, copy_manifests
 from workflow.own_pairs import sizes as rules
 from workflow.own_pairs.facts import pairs_of
 from workflow.own_pairs.sizes import Flags, Pairs, Size, Sizing
-from workflow.report import write_report
+from workflow.report.page import write_report
+from workflow.report.summary import summarise
 from workflow.run_file import FOLDERS, STAGES, RunFile, StageSpec
-from workflow.summary import summarise
 
 PLAN = "sizes.json"
 TOKEN_WORKERS = 2

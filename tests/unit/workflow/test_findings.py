@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from tests.unit.workflow.test_report import ACCURACY, BEST, CAPTIONS, SCORES, demo_folder
-from workflow.costs import costs_of
-from workflow.findings import findings_of, worst_rows
-from workflow.report import write_report
+from workflow.report.costs import costs_of
+from workflow.report.findings import findings_of, worst_rows
+from workflow.report.page import write_report
 
 PRIOR = {"validation_loss": 2.0, "shuffled_caption_loss": 2.5, "per_position_entropy": 3.0}
 

@@ -8,7 +8,7 @@ import pytest
 
 from core.errors import CorruptError, InputError
 from tests.unit.workflow.test_report import demo_folder
-from workflow.report import write_report
+from workflow.report.page import write_report
 
 
 def _suite(

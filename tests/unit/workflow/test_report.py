@@ -17,8 +17,8 @@ from core.errors import CorruptError
 from core.keys import keyed_rng
 from data_pipeline.images.crops import encode_png
 from generation.text_to_image import picture_grid
-from workflow.plots import best_of_counts
-from workflow.report import write_report
+from workflow.report.page import write_report
+from workflow.report.plots import best_of_counts
 
 CAPTIONS = ["a small red circle", 'a "quoted" <b>blue</b> square', "two green dots & a circle"]
 BEST = (0.25, 0.75, 0.5)

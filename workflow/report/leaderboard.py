@@ -13,7 +13,7 @@ from core.files.atomic import Json, canonical_json, sha256, write_atomic
 from core.log import LOG
 from generation.evaluation.suites.record import FILE, GALLERY
 from generation.evaluation.suites.registry import SUITES
-from workflow.plots import candidate_curves
+from workflow.report.plots import candidate_curves
 
 LEADERBOARD, CURVE = "leaderboard.md", "curve.svg"
 _DEPTHS = ("", "*/", "*/*/", "*/*/*/")

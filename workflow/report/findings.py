@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from core.files.atomic import Json
-from workflow.plots import best_of_counts
+from workflow.report.plots import best_of_counts
 
 _CLEAR = 0.01
 """Part of a loss that a difference must have, not to be called none."""

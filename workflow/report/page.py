@@ -14,10 +14,10 @@ from PIL import Image
 from core.errors import InputError
 from core.files.atomic import Json, write_atomic
 from training.run.config import config_of
-from workflow.costs import costs_of
-from workflow.findings import findings_of, worst_rows
-from workflow.leaderboard import galleries, suite_tables, write_leaderboard
-from workflow.plots import accuracy_curves, best_of_counts, loss_curves, score_curves
+from workflow.report.costs import costs_of
+from workflow.report.findings import findings_of, worst_rows
+from workflow.report.leaderboard import galleries, suite_tables, write_leaderboard
+from workflow.report.plots import accuracy_curves, best_of_counts, loss_curves, score_curves
 
 TEMPLATE = Path(__file__).with_name("report.html")
 _LEAST_SIDE, _MOST_SIDE = 64, 128
