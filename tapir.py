@@ -24,7 +24,7 @@ VERBS = {
     "tokenize": ("cli.tokenize:tokenize", "raw shards -> token shards; --worker i/n"),
     "plan": ("cli.plan:plan", "does it fit, how fast, on which mesh, for how many days"),
     "sample": ("cli.sample:sample", "captions -> candidates, reranked, as a PNG grid"),
-    "serve": ("cli.serve:serve", "a page to draw with, and the images API that tools know"),
+    "serve": ("cli.sample:serve", "a page to draw with, and the images API that tools know"),
     "evaluate": ("cli.evaluate:evaluate", "caption accuracy for best-of-N, or one suite (--suite)"),
     "score": ("cli.evaluate:score", "FID and IS on MS-COCO, CUB or a packed set"),
     "submit": ("cli.cluster:submit", "send a run file: local, Slurm or Kubernetes"),

@@ -1,4 +1,4 @@
-"""The verbs demo, sample and report."""
+"""The verbs demo, sample, report and serve."""
 
 from pathlib import Path
 from typing import Annotated
@@ -10,6 +10,7 @@ from generation.config import (
     DemoConfig,
     SampleRun,
 )
+from serving.config import ServeConfig
 
 
 def demo(arguments: list[str]) -> None:
@@ -64,3 +65,19 @@ def report(arguments: list[str]) -> None:
         LOG.info("report: %s", write_report(Path(folder)))
 
     parse(run, arguments, "report")
+
+
+def serve(arguments: list[str]) -> None:
+    """`tapir serve [NAME=FOLDER ...]`."""
+
+    def run(config: Annotated[ServeConfig, FLAT] = ServeConfig()) -> None:  # noqa: B008
+        """Serve models by a page and by the images API that tools know; Ctrl-C ends it.
+
+        Args:
+            config: settings
+        """
+        from serving.server import serve as serve_until_stopped  # noqa: PLC0415 - keeps --help fast
+
+        serve_until_stopped(config)
+
+    parse(run, arguments, "serve")
