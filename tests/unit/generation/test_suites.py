@@ -115,7 +115,8 @@ def test_other_batch_sizes_write_the_same_bytes(suite: str, place: Place, tmp_pa
 
 @pytest.mark.parametrize("suite", ["geneval-style", "panels"])
 def test_a_suite_that_ranks_nothing_needs_no_clip(suite: str, place: Place, tmp_path: Path) -> None:
-    place.run(suite, tmp_path, f"--clip={tmp_path / 'nowhere'}")
+    first = (place.measured(suite) / FILE).read_bytes()
+    assert place.run(suite, tmp_path, f"--clip={tmp_path / 'nowhere'}") == first
 
 
 def test_score_is_an_alias(
