@@ -52,8 +52,9 @@ EVALUATED: dict[str, Value] = {
     "temperature": 0.8,
     "guidance": 1.5,
 }
-CAPTION_DROP = 0.1
-"""Caption dropout of the prior, so that the report can show the effect of guidance."""
+PRIOR: dict[str, Value] = {"caption_dropout": 0.1, "model.mlp": "gated"}
+"""Of every prior: caption dropout, so that the report can show the effect of guidance, and the MLP
+with the lowest loss at equal time (docs/reference/presets.md)."""
 
 
 def run_demo(config: DemoConfig) -> Path:
@@ -109,7 +110,7 @@ def demo_run(config: DemoConfig, resharded: bool = False) -> RunFile:
     sizes = _sizes(config)
     first = sizes["prior"].pop("loop.stop_at")
     alone: dict[str, Value] = {"mesh.data": 1} if config.mesh == "1" else {}
-    prior: dict[str, Value] = {**sizes["prior"], "caption_dropout": CAPTION_DROP}
+    prior: dict[str, Value] = {**sizes["prior"], **PRIOR}
     if resharded or config.mesh == "1":
         prior.update(MESHES[config.mesh])
     else:

@@ -20,7 +20,9 @@ def write_untrained(
     folder: Path, captions: list[str], dvae: DVAEConfig, prior: PriorConfig
 ) -> ModelPaths:
     """Write dvae, prior, clip and bpe; vocabularies and grid of `prior` are filled in."""
-    models = ModelPaths(**{name: folder / name for name in ("prior", "dvae", "clip", "bpe")})
+    models = ModelPaths(
+        prior=folder / "prior", dvae=folder / "dvae", clip=folder / "clip", bpe=folder / "bpe"
+    )
     save_tokenizer(train_bpe(captions, 400), models.bpe)
     tokenizer, digest = load_tokenizer(models.bpe)
     words = tokenizer.get_vocab_size()

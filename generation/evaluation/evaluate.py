@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,7 @@ def evaluate(studio: Studio, data: str, out: Path, config: EvaluateConfig) -> Fi
     studio.tell_cut(captions)
     draws = config.draws
     drawn = draw_for(studio, captions, draws, config.max_candidates, config.max_candidates_prompts)
-    rows = []
+    rows: list[dict[str, Any]] = []
     for i, row in enumerate(drawn[:SHOWN_PROMPTS]):
         name = f"candidates-{i:02d}.png"
         best = row.pictures[:SHOWN_CANDIDATES]

@@ -5,7 +5,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from generation.config import DrawSettings
-from generation.sampling.running import Candidate, Progress, RunningBatch
+from generation.sampling.running import Candidate, RunningBatch
+from generation.sampling.running_lane import Progress
 from generation.sampling.sampler import Prompt
 from serving.ranks.messages import Draw
 

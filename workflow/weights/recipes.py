@@ -44,6 +44,7 @@ SHAPES = Recipe(
             "loop.validate_every": 1000,
             "checkpoint.every": 500,
             "model.text_length": 12,
+            "model.mlp": "gated",
             "caption_dropout": 0.1,
         },
         "clip": {
@@ -79,6 +80,7 @@ EMOJI = Recipe(
             "model.dim": 256,
             "model.heads": 8,
             "model.layers": 6,
+            "model.mlp": "gated",
             "optim.lr": 1e-3,
             "loop.steps": 3000,
             "loop.validate_every": 500,
