@@ -3,10 +3,10 @@
 One dVAE and one tokenizer for all sets. A prior learns Apple's emoji, and one the generated shapes;
 then, for Google's, Twitter's and Facebook's emoji, a fresh prior trains STEPS steps, and others
 start from those two. Each has its whole schedule, warm-up to decay; one started from Apple's has
-STARTED_STEPS, and a fresh prior with as few is the control. Value: the first validation with at most
-the fresh run's lowest held-out loss, as a fraction of the steps of that loss; if there is none, as
-if it came one validation after the last. Splits go by code point, so that no picture of a held-out
-emoji was seen in another vendor's style.
+STARTED_STEPS, and a fresh prior with as few is the control. Value: the first validation with at
+most the fresh run's lowest held-out loss, as a fraction of the steps of that loss; if there is
+none, as if it came one validation after the last. Splits go by code point, so that no picture of a
+held-out emoji was seen in another vendor's style.
 
 The pictures come through npm onto this machine; none is stored in the repository or an example.
 Finished runs are not repeated.

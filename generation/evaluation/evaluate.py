@@ -60,9 +60,9 @@ def evaluate(studio: Studio, data: str, out: Path, config: EvaluateConfig) -> Fi
     _image_prompts(studio, records[:SHOWN_PROMPTED], out, draws)
     figures: Figures = {}
     if source.manifest.facts["request"]["source"] == "shapes":
-        for row, each in zip(rows, drawn, strict=False):
+        for shown_row, each in zip(rows, drawn, strict=False):
             shown = each.pictures[:SHOWN_CANDIDATES]
-            row["exact"] = [matches(each.caption, picture) for picture in shown]
+            shown_row["exact"] = [matches(each.caption, picture) for picture in shown]
         figures = caption_accuracy(studio, records, drawn, draws.seed)
         figures["temperature"] = draws.temperature
         if studio.caption_dropout:

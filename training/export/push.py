@@ -17,7 +17,7 @@ _REFUSED = (401, 403)
 def check_repository(repository: str) -> None:
     """Check the name of a repository, before the work. Raises: InputError."""
     from huggingface_hub.errors import HFValidationError  # noqa: PLC0415 - half a second
-    from huggingface_hub.utils import validate_repo_id  # noqa: PLC0415
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]  # noqa: PLC0415
 
     try:
         validate_repo_id(repository)

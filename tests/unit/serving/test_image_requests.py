@@ -58,7 +58,7 @@ def test_all_problems_are_named_at_once() -> None:
         draw_of(n=99, temperature=-1, top_p=0, size="3x4")
     assert all(name in raised.value.message for name in ("n:", "temperature", "top_p", "size:"))
     with pytest.raises(JobError, match="guidance"):
-        draw_of(guidence=2)
+        draw_of(guidanze=2)
 
 
 def test_guidance_needs_a_prior_that_learned_it() -> None:

@@ -175,7 +175,8 @@ class TapirModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
         inputs = self.quantizer.inputs(grid).to(self.dtype)
         location = self.decoder(inputs).chunk(2, 1)[0].float()
         epsilon: float = dvae["epsilon"]
-        return ((location.sigmoid() - epsilon) / (1 - 2 * epsilon)).clamp(0, 1)
+        pictures: Tensor = (location.sigmoid() - epsilon) / (1 - 2 * epsilon)
+        return pictures.clamp(0, 1)
 
     @torch.no_grad()
     def encode(self, pictures: Tensor) -> Tensor:
