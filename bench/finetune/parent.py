@@ -5,7 +5,7 @@ then, for Google's, Twitter's and Facebook's emoji, a fresh prior trains STEPS s
 start from those two. Each has its whole schedule, warm-up to decay; one started from Apple's has
 STARTED_STEPS, and a fresh prior with as few is the control. Value: the first validation with at
 most the fresh run's lowest held-out loss, as a fraction of the steps of that loss; if there is
-none, as if it came one validation after the last. Splits go by code point, so that no picture of a
+none, as if it came one validation after STEPS. Splits go by code point, so that no picture of a
 held-out emoji was seen in another vendor's style.
 
 The pictures come through npm onto this machine; none is stored in the repository or an example.
@@ -75,7 +75,7 @@ def _fraction(loss: str, fresh: Curve, started: Curve) -> float:
     """Steps until `started` has the lowest loss of `fresh`, over the steps of `fresh` to it."""
     lowest = min(fresh, key=lambda row: float(row[loss]))
     reached = [row["step"] for row in started if row[loss] <= lowest[loss]]
-    return float([*reached, started[-1]["step"] + EVERY][0] / lowest["step"])
+    return float([*reached, STEPS + EVERY][0] / lowest["step"])
 
 
 def _curve(target: str, seed: int, start: str = "") -> Curve:
