@@ -85,6 +85,12 @@ def save_words(words: KnownWords, folder: Path) -> None:
     write_atomic(folder / FILE, (json.dumps(body, ensure_ascii=False, indent=0) + "\n").encode())
 
 
+def copy_words(source: Path, target: Path) -> None:
+    """Copy words.json to another folder, if there is one. Raises: CorruptError if it is damaged."""
+    if (words := load_words(source)) is not None:
+        save_words(words, target)
+
+
 def load_words(folder: Path) -> KnownWords | None:
     """Read words.json; None if an older Tapir learned the tokenizer.
 

@@ -6,7 +6,7 @@
                              and clip/
     prior/model.safetensors  fp32 weights by parameter name; large models in several files, listed
                              in model.safetensors.index.json
-    tokenizer/tokenizer.json
+    tokenizer/tokenizer.json and words.json
     config.json, ...         files for `transformers` (transformers.py), which an import ignores
 
 A prior names its dVAE and tokenizer by the digests of the run folders; an import reproduces those
@@ -38,6 +38,7 @@ from core.files.atomic import (
 )
 from core.log import LOG
 from data_pipeline.text.bpe import FILE, load_tokenizer
+from data_pipeline.text.words import copy_words
 from models.tokenizers.registry import size_problems
 from training.export.files import (
     CONFIG,
@@ -163,6 +164,7 @@ def export_parts(parts: Parts, out: Path, most_bytes: int) -> None:
         if parts.tokenizer:
             tokenizer, digest = load_tokenizer(parts.tokenizer)
             write_atomic(folder / TOKENIZER / FILE, (parts.tokenizer / FILE).read_bytes())
+            copy_words(parts.tokenizer, folder / TOKENIZER)
             entries = tokenizer.get_vocab_size()
             write_atomic(folder / TOKENIZER / TOKENIZER_CONFIG, tokenizer_config())
             index["parts"][TOKENIZER] = {"sha256": digest, "entries": entries}
@@ -236,6 +238,7 @@ def import_parts(folder: Path, out: Path) -> list[str]:
 def _import_tokenizer(folder: Path, out: Path, digest: str) -> None:
     try:
         actual = load_tokenizer(folder)[1]
+        copy_words(folder, out)
     except CorruptError as error:
         raise InputError(str(error)) from error
     if actual != digest:
