@@ -26,8 +26,9 @@ NOT_INSTALLED = {"cluster/Dockerfile"}
 BUILD = """
 import sys
 from setuptools import build_meta
-build_meta.build_wheel(sys.argv[1])
-build_meta.build_sdist(sys.argv[1])
+out = sys.argv[1]  # building changes it
+build_meta.build_wheel(out)
+build_meta.build_sdist(out)
 """
 
 

@@ -10,11 +10,13 @@ import pytest
 
 from core.config import from_json, to_json
 from core.errors import ConfigError, InputError
+from core.files.atomic import held
 from core.storage.store import FolderStore
 from data_pipeline.text.bpe import load_tokenizer
 from workflow.chain.here import stages_of
 from workflow.demo import run_demo
 from workflow.demo_config import DemoConfig
+from workflow.demo_folder import claim
 from workflow.own_pairs import demo as demo_module
 from workflow.own_pairs import sizes as rules
 from workflow.own_pairs.demo import OwnPairs, Plan, run_file_of
@@ -236,6 +238,22 @@ def test_facts_of_packed_pairs(raw: Path, bpe: Path) -> None:
 def test_wrong_settings_are_named(changes: dict[str, object], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         run_demo(replace(DemoConfig(), **changes))  # type: ignore[arg-type]
+
+
+def test_two_demos_do_not_share_a_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with held(out, "demo"), pytest.raises(InputError, match="another demo is working in"):
+        run_demo(DemoConfig(data=str(tmp_path), out=out))
+
+
+def test_minutes_may_change_until_sizes_are_chosen(tmp_path: Path) -> None:
+    claim(tmp_path, {"data": "a", "minutes": 3})
+    claim(tmp_path, {"data": "a", "minutes": 9}, ("minutes",))
+    claim(tmp_path, {"data": "a", "minutes": 9})
+    with pytest.raises(InputError, match="another --minutes: 9, not 3"):
+        claim(tmp_path, {"data": "a", "minutes": 3})
+    with pytest.raises(InputError, match="another --data: a, not b"):
+        claim(tmp_path, {"data": "b", "minutes": 3}, ("minutes",))
 
 
 def test_a_demo_has_a_folder_by_its_pairs() -> None:
