@@ -51,8 +51,25 @@ def test_a_demo_of_own_pairs_in_miniature(tmp_path: Path) -> None:
     again = tapir("demo", *flags, cwd=tmp_path)
     assert "has all 16 steps already" in again and "measuring" not in again
     assert "has another --minutes" in tapir("demo", *flags, "--minutes=9", code=2, cwd=tmp_path)
-    few = tapir("demo", f"--data={_folder(tmp_path / 'few', 50)}", "--size=mini", code=2)
-    assert "a demo needs about" in few
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "captions", "reason"),
+    [
+        (50, True, "has 50 usable pairs, and a demo needs about 120 at least"),
+        (1, True, "no pair fell into the"),
+        (2, False, "holds no pairs"),
+    ],
+)
+def test_too_few_pairs_are_told_before_anything_is_trained(
+    count: int, captions: bool, reason: str, tmp_path: Path
+) -> None:
+    pairs, out = _folder(tmp_path / "few", count), tmp_path / "demo"
+    for path in pairs.glob("*.txt") if not captions else ():
+        path.unlink()
+    assert reason in tapir("demo", f"--data={pairs}", f"--out={out}", code=2)
+    assert not (out / "dvae").exists() and not (out / "sizes.json").exists()
 
 
 @pytest.mark.slow
