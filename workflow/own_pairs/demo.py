@@ -311,7 +311,7 @@ def run_own_pairs(config: DemoConfig) -> Path:
             verdict = demo.verdict(plan)
     commands, seconds = typed(demo.stages), seconds_of(folder)
     summary: dict[str, Any] = summarise(folder, config.data, plan.size.text, commands, seconds)
-    summary |= {"verdict": verdict, "stopped": list(plan.stopped)}
+    summary |= {"verdict": verdict, "stopped": list(plan.stopped), "fewer": sorted(plan.warmup)}
     write_atomic(folder / "summary.json", canonical_json(summary))
     for text in verdict["findings"]:
         LOG.info("%s", text)
