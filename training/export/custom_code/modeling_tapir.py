@@ -167,7 +167,7 @@ class TapirModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             encoded = tokenizer.encode(_lowered(caption), add_special_tokens=False)
             read = list(getattr(encoded, "ids", encoded))[: self.text_length]
             rows.append(read + [PAD] * (self.text_length - len(read)))
-        ids = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        ids = torch.tensor(rows, device=self.device)
         return ids.repeat_interleave(candidates, 0)
 
     def keyed_noise(

@@ -76,6 +76,16 @@ def test_logits_of_a_whole_stream_and_of_its_last_positions(model: Any) -> None:
         torch.testing.assert_close(last, expected[:, count : count + 1], **near)
 
 
+@torch.no_grad()
+def test_only_canonical_logits_are_computed_in_the_canonical_layout(model: Any) -> None:
+    asked: list[Any] = []
+    handle = model.head.register_forward_pre_hook(lambda _, inputs: asked.append(inputs[-1]))
+    model(_ids())
+    model.canonical_logits(_ids()[:, :-1])
+    handle.remove()
+    assert asked == [False, True]
+
+
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
 @torch.no_grad()
 def test_a_cache_goes_on_where_it_ended(name: str, model: Any) -> None:
@@ -102,6 +112,8 @@ def test_canonical_logits_are_those_of_tapir_bit_for_bit(model: Any) -> None:
 
 
 def test_generated_codes_are_the_most_likely_ones_of_each_position(model: Any) -> None:
+    from transformers import GenerationConfig
+
     text, ids = _ids()[:, :TEXT], _ids()[:, :TEXT]
     for _ in range(CODES):
         code = model.canonical_logits(ids).argmax(1, keepdim=True)
@@ -114,6 +126,11 @@ def test_generated_codes_are_the_most_likely_ones_of_each_position(model: Any) -
     with pytest.raises(ValueError, match="computes no guidance; leave it out"):
         model.generate(text, guidance_scale=1.5, **settings)
     assert model.generate(text, guidance_scale=1, **settings).equal(ids)
+    with pytest.raises(ValueError, match=r"guidance_scale=2\.0"):
+        model.generate(text, generation_config=GenerationConfig(guidance_scale=2.0, **settings))
+    step = {"input_ids": text, "cache": "cache", "logits_to_keep": 1}
+    assert model.prepare_inputs_for_generation(text, cache="cache") == step
+    assert model.prepare_inputs_for_generation(text, past_key_values="cache") == step
 
 
 def test_pictures_and_codes_are_those_of_tapir_bit_for_bit(model: Any) -> None:
@@ -132,6 +149,13 @@ def test_pictures_and_codes_are_those_of_tapir_bit_for_bit(model: Any) -> None:
     assert given[0].is_contiguous(memory_format=torch.channels_last)
 
 
+class _Plain:
+    """A tokenizer that gives a list, as those of transformers do."""
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        return [0] * add_special_tokens + [ord(c) for c in text]
+
+
 def test_captions_become_ids_as_in_training(model: Any) -> None:
     captions = ["a Small RED circle", "İstanbul Σ", ""]
     tokenizer = train_bpe(["a small red circle"], 270)
@@ -140,6 +164,7 @@ def test_captions_become_ids_as_in_training(model: Any) -> None:
     assert model.text_ids(tokenizer, captions).equal(expected)
     assert model.text_ids(tokenizer, captions, 2).equal(expected.repeat_interleave(2, 0))
     assert {len(row) for row in rows} >= {0, TEXT}, "one is cut, one is padding alone"
+    assert model.text_ids(_Plain(), ["AB"]).tolist() == [[97, 98, -1, -1, -1, -1]]
 
 
 def test_each_row_has_the_noise_of_its_caption_and_candidate(model: Any) -> None:
@@ -151,6 +176,9 @@ def test_each_row_has_the_noise_of_its_caption_and_candidate(model: Any) -> None
         keys, TEXT, 0.5, model.canonical_logits
     )
     assert noise(ids, logits).equal(expected(ids, logits))
+    usual = model.keyed_noise(["a"])(ids[:1], logits[:1])
+    first = [key_int(0, "a", 0, "sample")]
+    assert usual.equal(type(noise)(first, TEXT, 1.0, model.canonical_logits)(ids[:1], logits[:1]))
     tied = torch.zeros_like(logits)  # of a row whose codes rounding could swap
     cold = model.keyed_noise(["a", "b"], candidates=2, temperature=0.0)
     assert cold(ids, tied).equal(torch.cat([model.canonical_logits(row[None]) for row in ids]))
@@ -172,4 +200,6 @@ def test_what_a_folder_lacks_is_named(modeling: Any, model: Any) -> None:
     config = model.config
     sizes = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads)
     assert (*sizes, config.vocab_size) == (4, 48, 3, 32)
-    assert modeling.TapirConfig().vocab_size == 0
+    none = modeling.TapirConfig()
+    sizes = (none.num_hidden_layers, none.hidden_size, none.num_attention_heads, none.vocab_size)
+    assert sizes == (0, 0, 0, 0)
