@@ -11,8 +11,11 @@ from core.storage.s3 import S3Store
 BUCKET, NOTE = "tapir-demo", "demo.json"
 
 
-def claim(folder: Path, mine: Json) -> None:
-    """Store a demo's settings; raises InputError if the folder holds another demo."""
+def claim(folder: Path, mine: Json, free: tuple[str, ...] = ()) -> None:
+    """Store a demo's settings; raises InputError if the folder holds another demo.
+
+    `free`: settings that may still change.
+    """
     note = folder / NOTE
     if not note.exists():
         write_atomic(note, canonical_json(mine))
@@ -21,11 +24,13 @@ def claim(folder: Path, mine: Json) -> None:
     except (ValueError, TypeError) as error:
         raise InputError(f"{note} is damaged: {error}; delete it, or give another --out") from error
     for name, value in mine.items():
-        if other.get(name) != value:
+        if other.get(name) != value and name not in free:
             raise InputError(
                 f"the demo in {folder} has another --{name}: {other.get(name)}, not {value}; give "
                 "that one, or another --out"
             )
+    if (now := {**other, **mine}) != other:
+        write_atomic(note, canonical_json(now))
 
 
 def copy_manifests(name: str, folder: Path, server: ObjectServer) -> None:

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,11 @@ from data_pipeline.sources.drawn.shapes import draw_scene, render
 from generation import shipped
 from tests.harness import ROOT, cold_tapir, tapir
 from training.export.weights import open_model, saved_steps
+from training.presets import dvae_tiny
+from training.run.folder import read_metrics
+from training.schedules import learning_rate
 from workflow.chain.here import LocalStage, run_stage, seconds_of
+from workflow.own_pairs.pace import Pace
 from workflow.weights.score import score_of
 
 
@@ -45,8 +51,25 @@ def test_a_demo_of_own_pairs_in_miniature(tmp_path: Path) -> None:
     again = tapir("demo", *flags, cwd=tmp_path)
     assert "has all 16 steps already" in again and "measuring" not in again
     assert "has another --minutes" in tapir("demo", *flags, "--minutes=9", code=2, cwd=tmp_path)
-    few = tapir("demo", f"--data={_folder(tmp_path / 'few', 50)}", "--size=mini", code=2)
-    assert "a demo needs about" in few
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("count", "captions", "reason"),
+    [
+        (50, True, "has 50 usable pairs, and a demo needs about 120 at least"),
+        (1, True, "no pair fell into the"),
+        (2, False, "holds no pairs"),
+    ],
+)
+def test_too_few_pairs_are_told_before_anything_is_trained(
+    count: int, captions: bool, reason: str, tmp_path: Path
+) -> None:
+    pairs, out = _folder(tmp_path / "few", count), tmp_path / "demo"
+    for path in pairs.glob("*.txt") if not captions else ():
+        path.unlink()
+    assert reason in tapir("demo", f"--data={pairs}", f"--out={out}", code=2)
+    assert not (out / "dvae").exists() and not (out / "sizes.json").exists()
 
 
 @pytest.mark.slow
@@ -58,6 +81,29 @@ def test_a_stage_out_of_time_leaves_a_checkpoint_that_is_used(raw: Path, tmp_pat
     (step,) = saved_steps(tmp_path / "dvae", "dvae")
     assert 0 < step < 100_000 and open_model(tmp_path / "dvae", "dvae").facts["step"] == step
     assert seconds_of(tmp_path)["dvae"] > 0
+
+
+@pytest.mark.slow
+def test_a_late_stage_goes_on_with_fewer_steps_to_the_end_of_its_schedule(
+    raw: Path, tmp_path: Path
+) -> None:
+    run, steps = tmp_path / "dvae", 10**7
+
+    def stage(steps: int, *more: str) -> LocalStage:
+        command = ["train", "dvae", "tiny", f"--data={raw}", f"--out={run}", "--mesh.data=1"]
+        command += ["--loop.validate-every=0", "--loop.validation-samples=16", "--optim.warmup=5"]
+        return LocalStage(name="dvae", commands=[[*command, f"--loop.steps={steps}", *more]])
+
+    pace = Pace(run, steps, 3600.0, 1.0, time.monotonic)
+    assert not run_stage(stage(steps), tmp_path, {}, is_late=pace.is_late)
+    assert pace.each is not None and pace.start_up is not None and pace.step >= 30
+    last = saved_steps(run, "dvae")[-1] + 5
+    change = f"--resume-with=loop.steps={last},optim.warmup=5"
+    assert run_stage(stage(last, change), tmp_path, {})
+    assert open_model(run, "dvae").facts["step"] == last and (run / "model.json").is_file()
+    optim = replace(dvae_tiny().optim, warmup=5)
+    row = [row for row in read_metrics(run) if row.get("split") != "validation"][-1]
+    assert row["step"] == last and row["lr"] == learning_rate(optim, last - 1, last)
 
 
 @pytest.mark.slow

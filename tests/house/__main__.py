@@ -11,6 +11,7 @@ from tests.house.circles import circles
 from tests.house.rules import BANNED_LIMIT
 from tests.house.sizes import sizes, summary
 from tests.house.sources import read_sources
+from tests.house.weights import weights
 from tests.house.words import banned_names, listing, words
 
 
@@ -24,7 +25,7 @@ def main() -> int:
     if asked.words:
         print("\n".join(listing(sources)))
         return 0
-    problems = [*circles(sources), *sizes(sources), *words(sources)]
+    problems = [*circles(sources), *sizes(sources), *words(sources), *weights(asked.root)]
     print("\n".join(problems), end="\n" if problems else "")
     print(
         f"{len(problems)} problems; {summary(sources)}; "

@@ -12,6 +12,9 @@ MEDIAN_LINES, FILE_LINES, FUNCTION_LINES, FOLDER_FILES = 150, 350, 50, 14
 TEST_FILE_LINES, TEST_FOLDER_FILES = 600, 20
 """Of tests/ and bench/: longest file, Python files in one folder."""
 
+WEIGHTS_BYTES = 25_000_000
+"""Of the models that come with Tapir, all sets together."""
+
 UNIT_EXTRA = ("bench", "repository")
 """Folders of tests/unit beside one folder per product package."""
 

@@ -15,11 +15,11 @@ from tests.mutants.targets import ROOT, file_digest
 
 TESTS = ("tests/unit", "tests/golden")
 _NEAR = (
-    "adamw", "adapters", "ahead", "attention", "bpe", "cache", "carry_over", "dvae", "dvae_program",
-    "equality", "error_buffers", "feed", "fid", "models", "modern_priors", "noise", "openai_dvae",
-    "order", "panels_suite", "parallel", "paper_numbers", "perceptual", "powersgd", "quantizers",
-    "registry", "sampling", "scales", "schedules", "second_device", "second_device_pictures",
-    "suite_criteria", "suites",
+    "adamw", "adapters", "ahead", "attention", "bpe", "cache", "carry_over", "custom_code", "dvae",
+    "dvae_program", "equality", "error_buffers", "feed", "fid", "keyed_noise", "modeling", "models",
+    "modern_priors", "noise", "openai_dvae", "order", "panels_suite", "paper_numbers", "parallel",
+    "perceptual", "powersgd", "quantizers", "registry", "sampling", "scales", "schedules",
+    "second_device", "second_device_pictures", "suite_criteria", "suites",
 )  # fmt: skip
 """Tests of what is mutated, beside all `test_pins_*`; others run it too, but slowly."""
 MOST_SECONDS = 8.0

@@ -40,6 +40,7 @@ _FILES = (
     "training/initial/carry_over.py",
     "training/initial/source.py",
     "training/tasks/*.py",
+    "training/export/custom_code/*.py",
     "generation/sampling/draw.py",
     "generation/sampling/sampler.py",
     "generation/sampling/decoder.py",

@@ -5,7 +5,7 @@
     model.safetensors.index.json  all weights, in the files of prior/ and dvae/
     modeling_tapir.py, ...        copies of custom_code/
 
-CLIP is not among them, nor an image tokenizer of another project.
+CLIP is not among them, nor an image tokenizer of another project; guidance is refused there.
 """
 
 from collections.abc import Mapping
@@ -15,9 +15,10 @@ from typing import Any
 from checkpoint.tensors import Shapes
 from core.config import from_json, to_json
 from core.files.atomic import Json, canonical_json, write_atomic
+from core.log import LOG
 from models.config import DVAEConfig, PriorConfig
 from training.export.files import CONFIG, write_index
-from training.export.weights import KINDS, Weights
+from training.export.weights import KINDS, TOKENIZER, Weights
 
 SIZES: dict[str, type[Any]] = {"prior": PriorConfig, "dvae": DVAEConfig}
 """The stages that custom_code knows, and their sizes."""
@@ -56,6 +57,11 @@ def write_transformers(
     write_index(folder, files, shapes)
     for path in code_files():
         write_atomic(folder / path.name, path.read_bytes())
+    if any(model.stage == TOKENIZER for model in models.values()):
+        LOG.info(
+            "transformers loads the prior, which draws codes; the image tokenizer of another "
+            "project that decodes them is loaded by `tapir import` alone"
+        )
 
 
 def loads_elsewhere(models: Mapping[str, Weights]) -> bool:

@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -50,14 +51,24 @@ def named(stage: LocalStage, name: str) -> LocalStage:
 
 
 def run_stage(
-    stage: LocalStage, folder: Path, environment: dict[str, str], limit: float = 0.0
+    stage: LocalStage,
+    folder: Path,
+    environment: dict[str, str],
+    limit: float = 0.0,
+    is_late: Callable[[], bool] | None = None,
 ) -> bool:
-    """Run a stage, show its log and note its seconds; False if it was stopped after `limit` s.
+    """Run a stage, show its log and note its seconds; False if it was stopped.
 
-    Units: seconds; a limit of 0 is none. A stopped training run has saved a checkpoint.
+    It is stopped after `limit` seconds (0 = never), or when `is_late`, which is asked again and
+    again, says so. A stopped training run has saved a checkpoint.
     Raises: TapirError naming the stage that failed, with its log.
     """
     began = time.monotonic()
+
+    def must_stop() -> bool:
+        over = bool(limit) and time.monotonic() > began + limit
+        return over or (is_late is not None and is_late())
+
     log = folder / stage.name / "log.txt"
     LOG.info("stage %s: tapir %s", stage.name, " ".join(stage.commands[0]))
     running: list[Any] = []
@@ -65,7 +76,7 @@ def run_stage(
         for command in stage.commands:
             whole = [sys.executable, "-P", "-m", "tapir", *command]
             running.append(start(whole, log, {**os.environ, **environment}))
-        finished = _wait(stage, running, log, began + limit if limit else None)
+        finished = _wait(stage, running, log, must_stop)
     finally:
         for process in running:
             stop(process)
@@ -91,8 +102,8 @@ def _note(folder: Path, name: str, seconds: float) -> None:
     write_atomic(folder / SECONDS, canonical_json(done))
 
 
-def _wait(stage: LocalStage, running: list[Any], log: Path, until: float | None) -> bool:
-    """Wait for all commands, and show their logs; False if time ran out first."""
+def _wait(stage: LocalStage, running: list[Any], log: Path, must_stop: Callable[[], bool]) -> bool:
+    """Wait for all commands, and show their logs; False if they were stopped."""
     shown = log.stat().st_size if log.exists() else 0
     waiting, stopped = True, False
     while waiting:
@@ -106,7 +117,7 @@ def _wait(stage: LocalStage, running: list[Any], log: Path, until: float | None)
         failed = [process for process in running if process.poll() not in (None, 0)]
         if failed and not stopped:
             raise _failure(stage, failed[0].returncode, log)
-        if waiting and until is not None and time.monotonic() > until and not stopped:
+        if waiting and not stopped and must_stop():
             LOG.warning("stage %s is out of time: it saves and stops", stage.name)
             stopped = True
             for process in running:

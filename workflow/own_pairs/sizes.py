@@ -228,19 +228,20 @@ def _loop(steps: int, held_out: int, ranks: int, seed: int) -> Flags:
         "loop.validate_every": -(-steps // 4),
         "loop.validation_samples": min(256, held_out),
         "checkpoint.every": -(-steps // 4),
-        "optim.warmup": max(1, min(50, steps // 10)),
+        "optim.warmup": warmup(steps),
         "mesh.data": ranks,
     }
 
 
+def warmup(steps: int) -> int:
+    """Steps of warm-up of a stage that is to take `steps`."""
+    return max(1, min(50, steps // 10))
+
+
 def draw_flags(sizing: Sizing, pairs: Pairs, seconds: float, seed: int) -> Flags:
     """Flags of `tapir evaluate`: as many captions as about `seconds` draw."""
-    prior: Any = settings_of(sizing.size, pairs)["prior"]
-    tokens = prior.loop.global_batch_size * prior.model.length
-    each = sizing.seconds["prior"] / tokens  # a forward pass is a third of a step; half as fast
-    candidates = 8
-    picture = 2 * each * prior.model.image_length  # guidance decodes two rows
-    prompts = int(seconds / max(candidates * picture, 1e-9))
+    candidates, guided = 8, 2 * picture_seconds(sizing, pairs)  # guidance decodes two rows
+    prompts = int(seconds / (candidates * guided))
     return {
         "prompts": max(8, min(48, pairs.held_out, prompts)),
         "candidates": candidates,
@@ -248,3 +249,17 @@ def draw_flags(sizing: Sizing, pairs: Pairs, seconds: float, seed: int) -> Flags
         "guidance": 1.5,
         "seed": seed,
     }
+
+
+def captions_in(sizing: Sizing, pairs: Pairs, seconds: float) -> int:
+    """Held-out captions, and as many of training, that are drawn 4 times in about `seconds`."""
+    most = int(seconds / (2 * 4 * picture_seconds(sizing, pairs)))
+    return max(4, min(pairs.held_out, most))
+
+
+def picture_seconds(sizing: Sizing, pairs: Pairs) -> float:
+    """Seconds to draw a picture, from those of a step of the prior."""
+    prior: Any = settings_of(sizing.size, pairs)["prior"]
+    tokens = prior.loop.global_batch_size * prior.model.length
+    each = sizing.seconds["prior"] / tokens  # a forward pass is a third of a step; half as fast
+    return max(each * prior.model.image_length, 1e-9)

@@ -1,6 +1,7 @@
 """`tapir demo --data FOLDER`: sizes follow the pairs, the machine and the time."""
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -8,12 +9,14 @@ from typing import Any
 import pytest
 
 from core.config import from_json, to_json
-from core.errors import ConfigError
+from core.errors import ConfigError, InputError
+from core.files.atomic import held
 from core.storage.store import FolderStore
 from data_pipeline.text.bpe import load_tokenizer
 from workflow.chain.here import stages_of
 from workflow.demo import run_demo
 from workflow.demo_config import DemoConfig
+from workflow.demo_folder import claim
 from workflow.own_pairs import demo as demo_module
 from workflow.own_pairs import sizes as rules
 from workflow.own_pairs.demo import OwnPairs, Plan, run_file_of
@@ -94,43 +97,124 @@ def test_a_plan_is_read_as_it_was_written() -> None:
 
 
 class _Machine:
-    """A clock that stages move: each takes its steps at a true speed, or ends at its limit."""
+    """A clock that stages move: each takes its steps at a true speed, and logs and saves them."""
 
-    def __init__(self, slower: float) -> None:
-        self.now, self._slower = 0.0, slower
+    START = 10.0
+
+    def __init__(self, root: Path, slower: float, busy_from: float = 0.0) -> None:
+        self.now, self._root, self._slower, self._busy_from = 0.0, root, slower, busy_from
+        self.trained: dict[str, list[int]] = {}
+        """Stage -> `loop.steps` of each of its commands."""
+        self._saved: dict[str, list[int]] = {}
 
     def monotonic(self) -> float:
         return self.now
 
-    def stage(self, name: str, flags: dict[str, rules.Flags], limit: float = 0.0) -> bool:
-        steps = flags[name].get("loop.steps", 0)
-        taken = 10 + int(steps) * SECONDS.get(name, 0.0) * self._slower
-        self.now += min(taken, limit or taken)
-        return taken <= (limit or taken)
+    def stage(
+        self,
+        name: str,
+        flags: dict[str, rules.Flags],
+        limit: float = 0.0,
+        is_late: Callable[[], bool] | None = None,
+    ) -> bool:
+        until = self.now + (limit or 1e9)
+        self.now += self.START
+        if name not in SECONDS:
+            return True
+        run, steps = self._root / name, int(flags[name]["loop.steps"])
+        self.trained.setdefault(name, []).append(steps)
+        done = max(self._saved.get(name, []), default=0)
+        while done < steps and self.now < until and not (is_late is not None and is_late()):
+            self.now += SECONDS[name] * (self._slower if self.now >= self._busy_from else 1.0)
+            done += 1
+            if done % 10 == 0:
+                run.mkdir(exist_ok=True)
+                with open(run / "metrics.jsonl", "a") as file:
+                    file.write(json.dumps({"step": done}) + "\n")
+        self._saved.setdefault(name, []).append(done)
+        return done == steps
+
+    def saved_steps(self, run: Path, stage: str) -> list[int]:
+        return self._saved.get(stage, [])
 
 
-@pytest.mark.parametrize("slower", [0.9, 1.0, 1.3, 4.0])
-def test_the_stages_end_in_time_on_a_machine_that_becomes_slower(
-    slower: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine, pairs = _Machine(slower), replace(PAIRS, train=5000, held_out=500)
-    monkeypatch.setattr(demo_module, "time", machine)
-    (tmp_path / "seconds.json").write_text('{"bpe": 4.0}')
-    config = DemoConfig(data="x", minutes=30, out=tmp_path)
-    walk: Any = OwnPairs(config, server=None)  # type: ignore[arg-type]
-    walk._stage = machine.stage
-    machine.now += 60  # packing, and measuring
+def _walk(machine: _Machine, root: Path, minutes: float) -> Plan:
+    """Train all stages after packing and measuring."""
+    pairs = replace(PAIRS, train=5000, held_out=500)
+    walk: Any = OwnPairs(DemoConfig(data="x", minutes=minutes, out=root), server=None)  # type: ignore[arg-type]
+    walk._stage, walk._start_up = machine.stage, 12.0
+    machine.now += 60
     plan = Plan(pairs=pairs, size=SIZES[0], seconds=SECONDS, steps={})
     for name in ("dvae", "tokenize", "clip", "prior"):
         if name == "tokenize":
             machine.stage(name, walk._flags(plan))
         else:
             plan = walk._train(name, plan)
-    assert 0.6 * 1800 < machine.now < 0.86 * 1800  # the rest is for drawing and the verdict
+    plan = walk._for_drawing(plan)
+    machine.now += machine.START  # of `tapir evaluate`
+    ended = machine.now
+    assert walk._train("prior", plan).steps == plan.steps, "a resumed stage keeps its steps"
+    machine.now = ended
+    return plan
+
+
+@pytest.mark.parametrize("slower", [0.9, 1.0, 1.3, 4.0, 10.0])
+@pytest.mark.parametrize("busy_from", [0.0, 900.0])
+def test_all_stages_are_finished_in_time_on_a_machine_that_becomes_slower(
+    slower: float, busy_from: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = _Machine(tmp_path, slower, busy_from)
+    monkeypatch.setattr(demo_module, "time", machine)
+    monkeypatch.setattr(demo_module, "saved_steps", machine.saved_steps)
+    plan = _walk(machine, tmp_path, 30)
+    assert 0.6 * 1800 < machine.now < 0.88 * 1800  # the rest is for drawing and the verdict
+    assert plan.stopped == (), "fewer steps, whose schedules come to their ends"
+    assert {n: len(each) for n, each in machine.trained.items() if n != "prior"} == {
+        n: 2 if n in plan.warmup else 1 for n in ("dvae", "clip")
+    }
+    assert not plan.warmup if slower <= 1 else plan.warmup or slower < 4
+    assert 0 < plan.drawing <= 0.15 * 1800 / 3
+    for name, commands in machine.trained.items():
+        assert plan.steps[name] == commands[-1] <= commands[0]
     assert plan == from_json(Plan, json.loads((tmp_path / "sizes.json").read_bytes()))
-    assert plan.stopped == (("dvae", "clip", "prior") if slower == 4.0 else ())
-    kept = {**plan.steps}
-    assert walk._train("prior", plan).steps == kept, "a resumed stage keeps its steps"
+
+
+def test_a_stage_that_goes_on_with_fewer_steps_keeps_its_warm_up(tmp_path: Path) -> None:
+    plan = Plan(
+        pairs=PAIRS,
+        size=SIZES[0],
+        seconds=SECONDS,
+        steps={"prior": 90},
+        warmup={"prior": 50},
+    )
+    walk: Any = OwnPairs(DemoConfig(data="x", out=tmp_path), server=None)  # type: ignore[arg-type]
+    flags = walk._flags(plan)
+    assert flags["prior"]["resume_with"] == "loop.steps=90,optim.warmup=50"
+    run = run_file_of(DemoConfig(data="x", out=Path("runs/x")), flags)
+    (command,) = next(s for s in stages_of(run) if s.name == "prior").commands
+    assert "--resume-with=loop.steps=90,optim.warmup=50" in command
+    assert "--optim.warmup=50" in command and "--loop.steps=90" in command
+
+
+def test_a_time_in_which_the_commands_hardly_start_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine = _Machine(tmp_path, 1.0)
+    monkeypatch.setattr(demo_module, "time", machine)
+    for minutes in (3, 30):
+        walk: Any = OwnPairs(DemoConfig(data="x", minutes=minutes), server=None)  # type: ignore[arg-type]
+        machine.now += 100
+        walk._start_up = 60.0
+        if minutes == 30:
+            walk._refuse_too_little_time()
+            continue
+        with pytest.raises(InputError, match=r"about 5\.0 on .* --minutes 10 or more") as error:
+            walk._refuse_too_little_time()
+        enough = int(str(error.value).split("--minutes ")[1].split()[0])
+        again: Any = OwnPairs(DemoConfig(data="x", minutes=enough), server=None)  # type: ignore[arg-type]
+        machine.now += 100
+        again._start_up = 60.0
+        again._refuse_too_little_time()
 
 
 def test_facts_of_packed_pairs(raw: Path, bpe: Path) -> None:
@@ -154,6 +238,22 @@ def test_facts_of_packed_pairs(raw: Path, bpe: Path) -> None:
 def test_wrong_settings_are_named(changes: dict[str, object], text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         run_demo(replace(DemoConfig(), **changes))  # type: ignore[arg-type]
+
+
+def test_two_demos_do_not_share_a_folder(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with held(out, "demo"), pytest.raises(InputError, match="another demo is working in"):
+        run_demo(DemoConfig(data=str(tmp_path), out=out))
+
+
+def test_minutes_may_change_until_sizes_are_chosen(tmp_path: Path) -> None:
+    claim(tmp_path, {"data": "a", "minutes": 3})
+    claim(tmp_path, {"data": "a", "minutes": 9}, ("minutes",))
+    claim(tmp_path, {"data": "a", "minutes": 9})
+    with pytest.raises(InputError, match="another --minutes: 9, not 3"):
+        claim(tmp_path, {"data": "a", "minutes": 3})
+    with pytest.raises(InputError, match="another --data: a, not b"):
+        claim(tmp_path, {"data": "b", "minutes": 3}, ("minutes",))
 
 
 def test_a_demo_has_a_folder_by_its_pairs() -> None:

@@ -241,9 +241,11 @@ def test_a_verdict_of_own_pairs_is_told_with_the_nearest_pictures(tmp_path: Path
     assert "Were the pairs enough?" not in write_report(folder).read_text()
     summary = json.loads((folder / "summary.json").read_text())
     summary |= {"verdict": {"findings": ["The pairs <were> enough."]}, "stopped": ["prior"]}
+    summary["fewer"] = ["dvae"]
     (folder / "summary.json").write_text(json.dumps(summary))
     nearest = (folder / "samples" / "1.png").read_bytes()
     (folder / "nearest.png").write_bytes(nearest)
     html = write_report(folder).read_text()
     assert "The pairs &lt;were&gt; enough." in html and base64.b64encode(nearest).decode() in html
     assert "Out of time before its last step: prior." in html
+    assert "with fewer steps than planned: dvae." in html

@@ -124,6 +124,17 @@ class TapirModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
                 f"model.text_ids(tokenizer, captions), and at most {self.image_length} codes"
             )
 
+    def generate(self, *arguments: Any, **settings: Any) -> Any:
+        """As `GenerationMixin.generate`. Raises: ValueError for guidance."""
+        config = settings.get("generation_config") or self.generation_config
+        scale = settings.get("guidance_scale", getattr(config, "guidance_scale", None))
+        if scale not in (None, 1):
+            raise ValueError(
+                f"guidance_scale={scale}: this code computes no guidance; leave it out, or draw by "
+                "`tapir sample --guidance`"
+            )
+        return super().generate(*arguments, **settings)
+
     def prepare_inputs_for_generation(
         self, input_ids: Tensor, cache: Any = None, past_key_values: Any = None, **_: Any
     ) -> dict[str, Any]:
@@ -156,7 +167,7 @@ class TapirModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
             encoded = tokenizer.encode(_lowered(caption), add_special_tokens=False)
             read = list(getattr(encoded, "ids", encoded))[: self.text_length]
             rows.append(read + [PAD] * (self.text_length - len(read)))
-        ids = torch.tensor(rows, dtype=torch.int64, device=self.device)
+        ids = torch.tensor(rows, device=self.device)
         return ids.repeat_interleave(candidates, 0)
 
     def keyed_noise(
@@ -169,11 +180,15 @@ class TapirModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
 
     @torch.no_grad()
     def pictures(self, codes: Tensor) -> Tensor:
-        """Pictures of codes, or of what `generate` returns: (B, ...) -> (B, 3, S, S) in [0, 1]."""
+        """Pictures of codes, or of what `generate` returns: (B, ...) -> (B, 3, S, S) in [0, 1].
+
+        In fp32 on a CPU of one kind, with one torch, as many threads and the same B, those of Tapir
+        bit for bit; with others some pixels differ by 1e-6, as convolutions take other kernels.
+        """
         dvae = self._dvae()
         grid = codes[:, -self.image_length :].reshape(-1, self.grid, self.grid)
         inputs = self.quantizer.inputs(grid).to(self.dtype)
-        location = self.decoder(inputs).chunk(2, 1)[0].float()
+        location: Tensor = self.decoder(inputs).chunk(2, 1)[0].float()
         epsilon: float = dvae["epsilon"]
         pictures: Tensor = (location.sigmoid() - epsilon) / (1 - 2 * epsilon)
         return pictures.clamp(0, 1)
