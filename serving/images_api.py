@@ -114,7 +114,7 @@ class _Answer:
         else:
             drawn.sort(key=lambda x: x.candidate)
         data = [self._picture(each) for each in drawn]
-        return {**self._head(), "data": data}
+        return {**self._head(drawn[0]), "data": data}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events: rows as they are drawn, then the pictures."""
@@ -127,7 +127,7 @@ class _Answer:
 
     def _event(self, drawn: Drawn) -> bytes:
         state = "partial_image" if drawn.row else "completed"
-        body = {"type": f"{self._kind}.{state}", **self._head(), **self._picture(drawn)}
+        body = {"type": f"{self._kind}.{state}", **self._head(drawn), **self._picture(drawn)}
         if drawn.row:
             body |= {"partial_image_index": drawn.row - 1, "rows": drawn.row}
         return event(body["type"], body)
@@ -135,13 +135,14 @@ class _Answer:
     def _drawn(self) -> AsyncGenerator[Drawn, None]:
         return self._service.draw(self._group, self._request, self._prompt)
 
-    def _head(self) -> dict[str, Any]:
+    def _head(self, drawn: Drawn) -> dict[str, Any]:
         return {
             "created": int(time.time()),
             "model": self._group.name,
             "seed": self._request.seed,
             "output_format": "png",
             "size": f"{self._side}x{self._side}",
+            "warnings": drawn.warnings,
         }
 
     def _picture(self, drawn: Drawn) -> dict[str, Any]:

@@ -41,6 +41,8 @@ class Drawn:
     score: float
     codes: tuple[int, ...]
     png: bytes
+    warnings: tuple[str, ...] = ()
+    """What of the caption the models do not read or know."""
 
 
 class JobError(Exception):
@@ -56,6 +58,7 @@ class Job:
 
     def __init__(self, draw: Draw) -> None:
         self.draw = draw
+        self.warnings: tuple[str, ...] = ()
         self._arrived: asyncio.Queue[Drawn | JobError] = asyncio.Queue()
 
     def put(self, arrived: Drawn | JobError) -> None:
@@ -209,6 +212,8 @@ class RankGroup:
         elif frame.kind == "failed":
             del self._jobs[job.draw.job]
             job.put(JobError(400, body["message"], "invalid_value"))
+        elif frame.kind == "warnings":
+            job.warnings = tuple(body["warnings"])
         else:
             job.put(
                 Drawn(
@@ -217,6 +222,7 @@ class RankGroup:
                     score=body["score"],
                     codes=tuple(body["codes"]),
                     png=frame.blobs[0],
+                    warnings=job.warnings,
                 )
             )
 
