@@ -31,7 +31,8 @@ class Limits:
     waiting: int = 128
     """Requests that may wait for rows of the batch; further ones get status 429."""
     seconds: float = 300.0
-    """Time limit of a request, waiting included; then status 504."""
+    """Time limit of a request, waiting included; then status 504. Also of a client to read a part
+    of its answer."""
     upload_mb: float = 16.0
     """Size of a request's body in MB."""
     upload_seconds: float = 30.0

@@ -97,8 +97,11 @@ def _misfits(paths: ModelPaths, described: dict[str, dict[str, Any]], rows: int)
         problems.append(f"the prior in {paths.prior} was trained on another dVAE than {paths.dvae}")
     tokenizer = sha256((paths.bpe / TOKENIZER).read_bytes())
     problems += [
-        f"the {part} in {getattr(paths, part)} was trained with another tokenizer than {paths.bpe}"
-        for part, known in (("prior", prior), ("clip", facts.get("clip", {})))
+        f"the {name} in {folder} was trained with another tokenizer than {paths.bpe}"
+        for name, folder, known in (
+            ("prior", paths.prior, prior),
+            ("CLIP", paths.clip, facts.get("clip", {})),
+        )
         if known.get("tokenizer", tokenizer) != tokenizer
     ]
     return problems + rows_problems(rows, float(prior.get("caption_dropout", 0.0)))

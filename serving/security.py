@@ -123,10 +123,12 @@ class Guard:
         most_bytes: int,
         seconds: float,
         is_open: Callable[[str], bool],
+        reading: float = 300.0,
     ) -> None:
-        """`most_bytes`, `seconds`: of a request's body; `is_open`: paths that need no token."""
+        """`most_bytes`, `seconds`: of a request's body; `reading`: seconds in which a client must
+        read each part of an answer; `is_open`: paths that need no token."""
         self._app, self._access, self._is_open = app, access, is_open
-        self._most_bytes, self._seconds = most_bytes, seconds
+        self._most_bytes, self._seconds, self._reading = most_bytes, seconds, reading
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -147,9 +149,13 @@ class Guard:
             nonlocal started
             if body.refusal is None or started:  # else the application answers its own failure
                 started = True
-                await respond(message)
+                try:
+                    async with asyncio.timeout(self._reading):
+                        await respond(message)
+                except TimeoutError:
+                    raise _NotReadError from None
 
-        with contextlib.suppress(_BodyRefusedError):
+        with contextlib.suppress(_BodyRefusedError, _NotReadError):
             await self._app(scope, body.receive, tell)
         if body.refusal is not None and not started:
             await send_refusal(respond, body.refusal)
@@ -224,6 +230,10 @@ async def send_refusal(send: Send, refusal: Refusal) -> None:
 
 class _BodyRefusedError(Exception):
     """Ends the application's reading of a body."""
+
+
+class _NotReadError(Exception):
+    """Ends an answer that its client does not read."""
 
 
 def _size_refusal(most_bytes: int) -> Refusal:
