@@ -88,8 +88,7 @@ class ServeConfig:
         return MeshConfig(tensor=self.tensor, pipeline=self.pipeline)
 
     def paths(self) -> dict[str, ModelPaths]:
-        """Run folders by the names of the models that the settings name; the first is the default.
-        """
+        """Run folders by name of the models in the settings; the first one is the default."""
         matches = [match for text in self.named if (match := _NAMED.fullmatch(text))]
         folders = {match[1]: Path(match[2]) for match in matches}
         named = {
