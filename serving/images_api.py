@@ -113,7 +113,7 @@ class _Answer:
             drawn.sort(key=lambda x: (-x.score, x.candidate))
         else:
             drawn.sort(key=lambda x: x.candidate)
-        data = [self._picture(each) for each in drawn]
+        data = [await self._picture(each) for each in drawn]
         return {**self._head(drawn[0]), "data": data}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
@@ -121,13 +121,13 @@ class _Answer:
         try:
             async with aclosing(self._drawn()) as pictures:
                 async for drawn in pictures:
-                    yield self._event(drawn)
+                    yield await self._event(drawn)
         except JobError as error:
             yield error_event(error)
 
-    def _event(self, drawn: Drawn) -> bytes:
-        state = "partial_image" if drawn.row else "completed"
-        body = {"type": f"{self._kind}.{state}", **self._head(drawn), **self._picture(drawn)}
+    async def _event(self, drawn: Drawn) -> bytes:
+        kind = f"{self._kind}.{'partial_image' if drawn.row else 'completed'}"
+        body = {"type": kind, **self._head(drawn), **await self._picture(drawn)}
         if drawn.row:
             body |= {"partial_image_index": drawn.row - 1, "rows": drawn.row}
         return event(body["type"], body)
@@ -145,8 +145,10 @@ class _Answer:
             "warnings": drawn.warnings,
         }
 
-    def _picture(self, drawn: Drawn) -> dict[str, Any]:
-        png = enlarged(drawn.png, self._side)
+    async def _picture(self, drawn: Drawn) -> dict[str, Any]:
+        png = drawn.png
+        if self._side != self._facts.pixels:
+            png = await asyncio.to_thread(enlarged, png, self._side)
         body: dict[str, Any] = {"candidate": drawn.candidate}
         if self._request.stream or self._request.response_format == "b64_json":
             body["b64_json"] = base64.b64encode(png).decode()

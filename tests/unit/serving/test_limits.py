@@ -16,6 +16,7 @@ from serving.app import make_app
 from serving.config import Limits, ServeConfig
 from serving.ranks.group import RankGroup
 from serving.ranks.messages import Draw, Frame, ModelFacts, packed, read_frame
+from tests.harness import PATIENCE
 
 FACTS = ModelFacts(
     pixels=16, rows=4, columns=4, text_length=8, guidance=True, ranker="CLIP", step=None
@@ -73,7 +74,7 @@ def served(test: Test, folder: Path, **limits: Any) -> None:
             await group.stop()
             writer.close()
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), PATIENCE))
 
 
 def test_pictures_are_answered_best_first(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from serving.config import is_loopback
 from serving.security import RESPONSE_HEADERS, Access, Guard, Message, Receive, Scope, Send
+from tests.harness import PATIENCE
 
 TOKEN = "0123456789abcdef"
 
@@ -199,5 +200,5 @@ def test_an_answer_that_is_not_read_is_ended() -> None:
             await asyncio.Event().wait()  # its buffer is full
 
     scope: Any = {"type": "http", "path": "/", "headers": headers(host="localhost")}
-    asyncio.run(asyncio.wait_for(guard(scope, receive, send), 60))
+    asyncio.run(asyncio.wait_for(guard(scope, receive, send), PATIENCE))
     assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]
