@@ -38,8 +38,8 @@ from training.export.files import (
     write_index,
     write_weights,
 )
-from training.export.names import DESCRIPTION
 from training.export.huggingface import export_parts, find_parts, import_parts
+from training.export.names import DESCRIPTION
 from training.export.save import FinishedModel, Writers, save_model
 from training.export.weights import (
     describe,
