@@ -14,6 +14,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartParser
 
@@ -25,7 +26,7 @@ from serving.service import Service
 from serving.uploads import ImagePrompt
 
 _FILES = ("image", "image[]", "mask")
-_MOST_FIELDS = 64
+_MOST_FIELDS, _MOST_FIELD_BYTES = 64, 2**16
 _GONE = 499
 """Status in the metrics of a client that left."""
 
@@ -163,14 +164,18 @@ class _Answer:
 
 async def _form(request: Request, service: Service) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Fields and files of a multipart body. Raises: JobError."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "multipart/form-data":
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data":
         raise JobError(415, "send the edit as multipart/form-data", "unsupported_media_type")
+    if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # some codecs take quadratic time
+        raise JobError(415, "send the edit in UTF-8", "unsupported_media_type")
     MultiPartParser.spool_max_size = int(service.limits.upload_mb * 1e6)  # in memory, not on disk
     fields: dict[str, Any] = {}
     files: dict[str, bytes] = {}
     try:
-        async with request.form(max_files=len(_FILES), max_fields=_MOST_FIELDS) as form:
+        async with request.form(
+            max_files=len(_FILES), max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES
+        ) as form:
             for name, value in form.multi_items():
                 if not isinstance(value, UploadFile):
                     fields[name] = value

@@ -106,8 +106,8 @@ def _transparency(name: str, data: bytes) -> NDArray[np.uint8]:
                     f"{name}: it has no transparent pixels; send a PNG mask whose alpha is 0 where "
                     "the picture is to be redrawn"
                 )
-            upright = ImageOps.exif_transpose(picture)  # as the picture itself is decoded
-            alpha = np.asarray(upright.convert("RGBA"))[:, :, 3]
+            ImageOps.exif_transpose(picture, in_place=True)  # as the picture itself is decoded
+            alpha = np.asarray(picture.convert("RGBA"))[:, :, 3]
     except JobError:
         raise
     except Exception as error:  # as above

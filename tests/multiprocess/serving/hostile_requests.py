@@ -189,6 +189,14 @@ HOSTILE = [
     _form("many fields", *[b'name="prompt"\r\n\r\na'] * 100),
     _form("a huge head", b'name="prompt"; x="' + b"a" * 100_000 + b'"\r\n\r\na'),
     _form("a picture as text", b'name="image"\r\n\r\n' + b"abc"),
+    _form("a long field", b'name="prompt"\r\n\r\n' + b"a" * 100_000),
+    Hostile(
+        name="a codec that takes quadratic time",
+        path=EDIT,
+        body=b'--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na\r\n--b--\r\n',
+        headers={"content-type": "multipart/form-data; boundary=b; charset=punycode"},
+        right=(415,),
+    ),
     Hostile(
         name="a long boundary",
         path=EDIT,
