@@ -143,21 +143,11 @@ class Guard:
         if refusal is not None:
             await send_refusal(respond, refusal)
             return
-        started, body = False, _Body(receive, self._most_bytes, self._seconds)
-
-        async def tell(message: Message) -> None:
-            nonlocal started
-            if body.refusal is None or started:  # else the application answers its own failure
-                started = True
-                try:
-                    async with asyncio.timeout(self._reading):
-                        await respond(message)
-                except TimeoutError:
-                    raise _NotReadError from None
-
+        body = _Body(receive, self._most_bytes, self._seconds)
+        answer = _Answer(respond, body, self._reading)
         with contextlib.suppress(_BodyRefusedError, _NotReadError):
-            await self._app(scope, body.receive, tell)
-        if body.refusal is not None and not started:
+            await self._app(scope, body.receive, answer.send)
+        if body.refusal is not None and not answer.started:
             await send_refusal(respond, body.refusal)
 
     async def _too_large(self, headers: Headers, receive: Receive) -> Refusal | None:
@@ -203,6 +193,26 @@ class _Body:
     def _refuse(self, refusal: Refusal) -> NoReturn:
         self.refusal = refusal
         raise _BodyRefusedError
+
+
+class _Answer:
+    """Passes on an answer, but not that of an application to a failure of ours."""
+
+    def __init__(self, send: Send, body: _Body, seconds: float) -> None:
+        self.started = False
+        self._send, self._body, self._seconds, self._unread = send, body, seconds, False
+
+    async def send(self, message: Message) -> None:
+        """Send a part. Raises: _NotReadError if the client does not read it in time."""
+        if self._unread or (self._body.refusal is not None and not self.started):
+            return
+        self.started = True
+        try:
+            async with asyncio.timeout(self._seconds):
+                await self._send(message)
+        except TimeoutError:
+            self._unread = True
+            raise _NotReadError from None
 
 
 async def send_refusal(send: Send, refusal: Refusal) -> None:
