@@ -59,7 +59,8 @@ class PixelDecoder:
         row, rest = divmod(drawn, self._columns)
         if rest or row not in job.draw.partials:
             return
-        codes = torch.zeros(self._studio.sampler.config.image_length, dtype=torch.int64)
+        length = self._studio.sampler.config.image_length
+        codes = torch.zeros(length, dtype=torch.int64, device="cpu")
         if job.prompt is not None:
             codes = job.prompt.codes.clone()
         codes[:drawn] = progress.codes
