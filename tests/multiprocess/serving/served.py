@@ -89,13 +89,16 @@ class Served:
 
 
 @contextmanager
-def served(folder: Path, *flags: str) -> Iterator[Served]:
-    """Start a server of tiny models named `tiny`, and end it by SIGTERM."""
+def served(folder: Path, *flags: str, more: tuple[str, ...] = ()) -> Iterator[Served]:
+    """Start a server of tiny models named `tiny`, and end it by SIGTERM.
+
+    `more`: further models, NAME=FOLDER.
+    """
     models = write_models(folder / "models", CAPTIONS, dropout=0.1)
     log, temporary = folder / "log", folder / "tmp"
     temporary.mkdir()
     (folder / "token").write_text(TOKEN)
-    command = [*TAPIR, "serve", f"tiny={folder / 'models'}", "--port=0", *flags]
+    command = [*TAPIR, "serve", f"tiny={folder / 'models'}", *more, "--port=0", *flags]
     with open(log, "ab") as output:  # start_tapir's processes end with each test
         process = subprocess.Popen(
             command,

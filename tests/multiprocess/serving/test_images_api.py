@@ -36,7 +36,7 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> ModelPaths:
 def server(tmp_path_factory: pytest.TempPathFactory, other: ModelPaths) -> Iterator[Served]:
     folder = tmp_path_factory.mktemp("served")
     flags = f"--token-file={folder / 'token'}", "--rows=4", "--upload-mb=11"
-    with served(folder, f"other={other.prior.parent}", *flags) as running:
+    with served(folder, *flags, more=(f"other={other.prior.parent}",)) as running:
         yield running
 
 

@@ -234,7 +234,7 @@ def test_a_screenshot_for_the_docs(browser: Any, tmp_path: Path) -> None:
     context = browser.new_context(viewport={"width": 900, "height": 860})
     page = context.new_page()
     page.set_default_timeout(SECONDS)
-    with served(tmp_path, *more) as server:
+    with served(tmp_path, more=more) as server:
         page.goto(server.address)
         playwright.expect(page.locator("#state")).to_have_text("Ready", timeout=SECONDS)
         page.get_by_label("Model").select_option("shown" if models else "tiny")
