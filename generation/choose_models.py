@@ -1,4 +1,4 @@
-"""Which models `tapir sample` draws with if none are named: the user's own, else shipped ones."""
+"""Which models draw if none are named: the user's own, else shipped ones; imports no torch."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,10 +10,9 @@ from data_pipeline.text.words import load_words
 from generation import shipped
 from generation.config import ModelChoice, ModelPaths, SampleRun
 from generation.shipped import paths_of, read_card, shipped_models, shipped_names
-from training.export.files import DESCRIPTION
+from training.export.names import CHECKPOINTS, DESCRIPTION
 
 RUNS = Path("runs")
-_CHECKPOINTS = "checkpoints/step-*"
 
 
 def with_models(run: SampleRun, captions: list[str]) -> SampleRun:
@@ -44,15 +43,21 @@ def own_sets(root: Path = RUNS) -> list[Path]:
     return sorted(known, key=lambda folder: (-_age(folder / "prior"), str(folder)))
 
 
+def own_set(rerank: bool) -> Path | None:
+    """The newest own set that can draw, and rank if asked for; None if there is none."""
+    for folder in own_sets():
+        if not rerank or not _lacks(folder, ("clip",)):
+            return folder
+        LOG.info("%s has no finished CLIP to rank with: passed over", folder)
+    return None
+
+
 def _chosen(run: SampleRun, captions: list[str]) -> ModelPaths:
     if run.weights:
         return _shipped(run.weights)
-    for folder in own_sets():
-        if run.rerank and _lacks(folder, ("clip",)):
-            LOG.info("%s has no finished CLIP to rank with: passed over", folder)
-            continue
-        LOG.info("models: your own in %s (others: --prior RUN, or --weights NAME)", folder)
-        return paths_of(folder)
+    if (own := own_set(run.rerank)) is not None:
+        LOG.info("models: your own in %s (others: --prior RUN, or --weights NAME)", own)
+        return paths_of(own)
     names = shipped_names()
     if not names:
         raise InputError(
@@ -81,10 +86,10 @@ def _lacks(folder: Path, models: tuple[str, ...]) -> list[str]:
 
 def _drawable(run: Path) -> bool:
     finished = any((run / name).is_file() for name in (DESCRIPTION, TOKENIZER))
-    return finished or next(run.glob(_CHECKPOINTS), None) is not None
+    return finished or next(run.glob(CHECKPOINTS), None) is not None
 
 
 def _age(run: Path) -> float:
     """When a run's newest weights were written."""
-    paths = [run / DESCRIPTION, *run.glob(_CHECKPOINTS)]
+    paths = [run / DESCRIPTION, *run.glob(CHECKPOINTS)]
     return max(path.stat().st_mtime for path in paths if path.exists())

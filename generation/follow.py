@@ -10,7 +10,8 @@ from torch.utils.tensorboard.writer import SummaryWriter
 from core.errors import InputError
 from core.log import LOG
 from generation.text_to_image import Candidates, picture_grid
-from training.export.files import CONFIG, DESCRIPTION
+from training.export.files import CONFIG
+from training.export.names import DESCRIPTION
 from training.export.weights import saved_steps
 
 BOARD = Path("tensorboard", "samples")

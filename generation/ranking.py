@@ -20,10 +20,11 @@ from data_pipeline.tokenize.encode import to_bytes
 from models.clip import Clip
 from models.third_party import foreign_module
 from parallel.device import CPU
+from training.export.names import OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 from training.export.weights import build_model, open_model
 from training.tasks.task import pad_text
 
-CONFIG, WEIGHTS = "open_clip_config.json", "open_clip_model.safetensors"
+CONFIG, WEIGHTS = OPEN_CLIP_CONFIG, OPEN_CLIP_WEIGHTS
 _TOKENIZER = "tokenizer.json"
 _MODES = ("bicubic", "bilinear")
 _PICKLES = (".bin", ".pt", ".pth")

@@ -123,13 +123,20 @@ class Studio:
                 "caption, and --guidance may do harm"
             )
 
+    def unread(self, caption: str) -> list[str]:
+        """A sentence for each model that reads less than the whole of a caption."""
+        ids = encode(self.tokenizer, caption)
+        return [
+            f"the {model} reads the first {length} of the caption's {len(ids)} tokens: "
+            f"{self.tokenizer.decode(ids[:length])!r}"
+            for model, length in self._text_lengths().items()
+            if len(ids) > length
+        ]
+
     def tell_cut(self, captions: list[str]) -> None:
         """Warn of captions that are longer than the models' text length."""
-        contexts = {"prior": self.sampler.config.text_length}
-        if isinstance(self.ranker, TapirRanker):
-            contexts["CLIP"] = self.ranker.clip.config.text_length
         texts = [encode(self.tokenizer, caption) for caption in captions]
-        for model, length in contexts.items():
+        for model, length in self._text_lengths().items():
             long = [ids for ids in texts if len(ids) > length]
             if long:
                 LOG.warning(
@@ -138,6 +145,12 @@ class Studio:
                     *(len(long), len(texts), length, model, len(long[0])),
                     self.tokenizer.decode(long[0][:length]),
                 )
+
+    def _text_lengths(self) -> dict[str, int]:
+        lengths = {"prior": self.sampler.config.text_length}
+        if isinstance(self.ranker, TapirRanker):
+            lengths["CLIP"] = self.ranker.clip.config.text_length
+        return lengths
 
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ def make_app(config: ServeConfig, groups: Mapping[str, RankGroup], token: str | 
         access=Access(host=config.host, hosts=config.hosts, token=token),
         most_bytes=int(config.limits.upload_mb * 1e6),
         seconds=config.limits.upload_seconds,
+        reading=config.limits.seconds,
         is_open=lambda path: path in _OPEN or path.startswith(_PICTURES),
     )
     return _Counted(guard, service.metrics)

@@ -11,12 +11,12 @@ from typing import Literal
 import tyro
 
 from core.errors import InputError
-from generation.config import ModelPaths
+from generation.config import ModelChoice, ModelPaths
 from parallel.config import MeshConfig
 
 TOKEN_VARIABLE = "TAPIR_TOKEN"
 DEFAULT_MODEL = "tapir"
-"""Name of the models of --prior, --dvae, --clip and --bpe."""
+"""Name of the models of --prior, --dvae, --clip and --bpe, and of the newest own ones."""
 _SHORTEST_TOKEN = 16
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]{0,63})=(.+)")
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
@@ -31,7 +31,8 @@ class Limits:
     waiting: int = 128
     """Requests that may wait for rows of the batch; further ones get status 429."""
     seconds: float = 300.0
-    """Time limit of a request, waiting included; then status 504."""
+    """Time limit of a request, waiting included; then status 504. Also of a client to read a part
+    of its answer."""
     upload_mb: float = 16.0
     """Size of a request's body in MB."""
     upload_seconds: float = 30.0
@@ -54,7 +55,9 @@ class ServeConfig:
 
     named: tyro.conf.Positional[tuple[str, ...]] = ()
     """Models by name, NAME=FOLDER: a folder with prior, dvae, clip and bpe, like a demo's. Without
-    any, the models of --prior, --dvae, --clip and --bpe are served as `tapir`."""
+    any, the models of --prior, --dvae, --clip and --bpe are served as `tapir`; without those too,
+    the newest set of your own in runs/ or a folder in it, else all shipped models by their names.
+    """
     host: str = "127.0.0.1"
     """Address to listen on. Another one than this machine's own needs a token: the variable
     TAPIR_TOKEN or --token-file."""
@@ -65,7 +68,8 @@ class ServeConfig:
     hosts: tuple[str, ...] = ()
     """Names of this server that clients use beside addresses and localhost, e.g. of a proxy."""
     rows: int = 16
-    """Rows decoded together; a candidate takes one, with guidance two."""
+    """Rows decoded together; a candidate takes one, with guidance two, so that priors trained for
+    guidance need two."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Of the prior's matmuls. In fp32 a key gives the same picture in every batch."""
     tensor: int = 1
@@ -74,7 +78,7 @@ class ServeConfig:
     """Pipeline stages of each prior."""
     rerank: bool = True
     """Rank a request's pictures by CLIP."""
-    models: ModelPaths = field(default_factory=ModelPaths)
+    models: ModelChoice = field(default_factory=ModelChoice)
     """Run folders of the models."""
     limits: Limits = field(default_factory=Limits)
     """What the server accepts."""
@@ -84,7 +88,7 @@ class ServeConfig:
         return MeshConfig(tensor=self.tensor, pipeline=self.pipeline)
 
     def paths(self) -> dict[str, ModelPaths]:
-        """Run folders by the models' names; the first name is the default."""
+        """Run folders by name of the models in the settings; the first one is the default."""
         matches = [match for text in self.named if (match := _NAMED.fullmatch(text))]
         folders = {match[1]: Path(match[2]) for match in matches}
         named = {
@@ -96,7 +100,9 @@ class ServeConfig:
             )
             for name, folder in folders.items()
         }
-        return named or {DEFAULT_MODEL: self.models}
+        if not named and self.models.asked:
+            return {DEFAULT_MODEL: self.models.paths}
+        return named
 
     def problems(self) -> list[str]:
         problems = self.limits.problems()
@@ -104,7 +110,7 @@ class ServeConfig:
         problems += [f"{text!r}: name models as NAME=FOLDER" for text in wrong]
         if not wrong and len(self.paths()) < len(self.named):
             problems.append("two models have the same name: give each another one")
-        if self.named and self.models != ModelPaths():
+        if self.named and self.models.asked:
             problems.append(
                 "NAME=FOLDER names whole folders: leave out --prior, --step, --dvae, --clip and "
                 "--bpe"

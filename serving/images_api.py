@@ -14,6 +14,7 @@ from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartParser
 
@@ -25,7 +26,7 @@ from serving.service import Service
 from serving.uploads import ImagePrompt
 
 _FILES = ("image", "image[]", "mask")
-_MOST_FIELDS = 64
+_MOST_FIELDS, _MOST_FIELD_BYTES = 64, 2**16
 _GONE = 499
 """Status in the metrics of a client that left."""
 
@@ -113,21 +114,21 @@ class _Answer:
             drawn.sort(key=lambda x: (-x.score, x.candidate))
         else:
             drawn.sort(key=lambda x: x.candidate)
-        data = [self._picture(each) for each in drawn]
-        return {**self._head(), "data": data}
+        data = [await self._picture(each) for each in drawn]
+        return {**self._head(drawn[0]), "data": data}
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Server-sent events: rows as they are drawn, then the pictures."""
         try:
             async with aclosing(self._drawn()) as pictures:
                 async for drawn in pictures:
-                    yield self._event(drawn)
+                    yield await self._event(drawn)
         except JobError as error:
             yield error_event(error)
 
-    def _event(self, drawn: Drawn) -> bytes:
-        state = "partial_image" if drawn.row else "completed"
-        body = {"type": f"{self._kind}.{state}", **self._head(), **self._picture(drawn)}
+    async def _event(self, drawn: Drawn) -> bytes:
+        kind = f"{self._kind}.{'partial_image' if drawn.row else 'completed'}"
+        body = {"type": kind, **self._head(drawn), **await self._picture(drawn)}
         if drawn.row:
             body |= {"partial_image_index": drawn.row - 1, "rows": drawn.row}
         return event(body["type"], body)
@@ -135,17 +136,20 @@ class _Answer:
     def _drawn(self) -> AsyncGenerator[Drawn, None]:
         return self._service.draw(self._group, self._request, self._prompt)
 
-    def _head(self) -> dict[str, Any]:
+    def _head(self, drawn: Drawn) -> dict[str, Any]:
         return {
             "created": int(time.time()),
             "model": self._group.name,
             "seed": self._request.seed,
             "output_format": "png",
             "size": f"{self._side}x{self._side}",
+            "warnings": drawn.warnings,
         }
 
-    def _picture(self, drawn: Drawn) -> dict[str, Any]:
-        png = enlarged(drawn.png, self._side)
+    async def _picture(self, drawn: Drawn) -> dict[str, Any]:
+        png = drawn.png
+        if self._side != self._facts.pixels:
+            png = await asyncio.to_thread(enlarged, png, self._side)
         body: dict[str, Any] = {"candidate": drawn.candidate}
         if self._request.stream or self._request.response_format == "b64_json":
             body["b64_json"] = base64.b64encode(png).decode()
@@ -160,14 +164,18 @@ class _Answer:
 
 async def _form(request: Request, service: Service) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Fields and files of a multipart body. Raises: JobError."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "multipart/form-data":
+    kind, options = parse_options_header(request.headers.get("content-type", ""))
+    if kind != b"multipart/form-data":
         raise JobError(415, "send the edit as multipart/form-data", "unsupported_media_type")
+    if options.get(b"charset", b"utf-8").lower() != b"utf-8":  # some codecs take quadratic time
+        raise JobError(415, "send the edit in UTF-8", "unsupported_media_type")
     MultiPartParser.spool_max_size = int(service.limits.upload_mb * 1e6)  # in memory, not on disk
     fields: dict[str, Any] = {}
     files: dict[str, bytes] = {}
     try:
-        async with request.form(max_files=len(_FILES), max_fields=_MOST_FIELDS) as form:
+        async with request.form(
+            max_files=len(_FILES), max_fields=_MOST_FIELDS, max_part_size=_MOST_FIELD_BYTES
+        ) as form:
             for name, value in form.multi_items():
                 if not isinstance(value, UploadFile):
                     fields[name] = value

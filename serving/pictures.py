@@ -31,9 +31,7 @@ class Pictures:
 
 
 def enlarged(png: bytes, side: int) -> bytes:
-    """A square picture at another size; the very bytes if it has that size."""
+    """A square picture at another size."""
     picture = decode_rgb(png, "picture")
-    if len(picture) == side:
-        return png
     how = cv2.INTER_CUBIC if side > len(picture) else cv2.INTER_AREA
     return encode_png(cv2.resize(picture, (side, side), interpolation=how))

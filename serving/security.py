@@ -123,10 +123,12 @@ class Guard:
         most_bytes: int,
         seconds: float,
         is_open: Callable[[str], bool],
+        reading: float = 300.0,
     ) -> None:
-        """`most_bytes`, `seconds`: of a request's body; `is_open`: paths that need no token."""
+        """`most_bytes`, `seconds`: of a request's body; `reading`: seconds in which a client must
+        read each part of an answer; `is_open`: paths that need no token."""
         self._app, self._access, self._is_open = app, access, is_open
-        self._most_bytes, self._seconds = most_bytes, seconds
+        self._most_bytes, self._seconds, self._reading = most_bytes, seconds, reading
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -141,17 +143,11 @@ class Guard:
         if refusal is not None:
             await send_refusal(respond, refusal)
             return
-        started, body = False, _Body(receive, self._most_bytes, self._seconds)
-
-        async def tell(message: Message) -> None:
-            nonlocal started
-            if body.refusal is None or started:  # else the application answers its own failure
-                started = True
-                await respond(message)
-
-        with contextlib.suppress(_BodyRefusedError):
-            await self._app(scope, body.receive, tell)
-        if body.refusal is not None and not started:
+        body = _Body(receive, self._most_bytes, self._seconds)
+        answer = _Answer(respond, body, self._reading)
+        with contextlib.suppress(_BodyRefusedError, _NotReadError):
+            await self._app(scope, body.receive, answer.send)
+        if body.refusal is not None and not answer.started:
             await send_refusal(respond, body.refusal)
 
     async def _too_large(self, headers: Headers, receive: Receive) -> Refusal | None:
@@ -199,6 +195,26 @@ class _Body:
         raise _BodyRefusedError
 
 
+class _Answer:
+    """Passes on an answer, but not that of an application to a failure of ours."""
+
+    def __init__(self, send: Send, body: _Body, seconds: float) -> None:
+        self.started = False
+        self._send, self._body, self._seconds, self._unread = send, body, seconds, False
+
+    async def send(self, message: Message) -> None:
+        """Send a part. Raises: _NotReadError if the client does not read it in time."""
+        if self._unread or (self._body.refusal is not None and not self.started):
+            return
+        self.started = True
+        try:
+            async with asyncio.timeout(self._seconds):
+                await self._send(message)
+        except TimeoutError:
+            self._unread = True
+            raise _NotReadError from None
+
+
 async def send_refusal(send: Send, refusal: Refusal) -> None:
     """Answer with the error body of the images API, and close the connection."""
     body = json.dumps(
@@ -224,6 +240,10 @@ async def send_refusal(send: Send, refusal: Refusal) -> None:
 
 class _BodyRefusedError(Exception):
     """Ends the application's reading of a body."""
+
+
+class _NotReadError(Exception):
+    """Ends an answer that its client does not read."""
 
 
 def _size_refusal(most_bytes: int) -> Refusal:

@@ -2,14 +2,17 @@
 
 import asyncio
 import socket
+from collections.abc import Mapping
 
 import uvicorn
 
 from core.config import check
 from core.log import LOG
+from generation.config import ModelPaths
 from serving.app import make_app
 from serving.config import ServeConfig, token_of
 from serving.listening import StoppableServer, address_of, listening
+from serving.models import served_models
 from serving.ranks.group import RankGroup
 
 _LOOK = 0.1
@@ -22,19 +25,25 @@ _CONNECTIONS = 1024
 def serve(config: ServeConfig) -> None:
     """Serve until SIGINT or SIGTERM; running requests are finished first.
 
-    Raises: ConfigError with every problem of the settings; InputError without a token that is
-    needed; the error of a model that cannot be started at all.
+    Raises: ConfigError with every problem of the settings and of the models' folders; InputError
+    without models or a token that is needed; the error of a model that cannot be started at all.
     """
     check(config.problems())
     token = token_of(config.host, config.token_file)
+    models = served_models(config)
     with listening(config.host, config.port) as listener:
-        asyncio.run(_serve(config, token, listener))
+        asyncio.run(_serve(config, models, token, listener))
 
 
-async def _serve(config: ServeConfig, token: str | None, listener: socket.socket) -> None:
+async def _serve(
+    config: ServeConfig,
+    models: Mapping[str, ModelPaths],
+    token: str | None,
+    listener: socket.socket,
+) -> None:
     groups = {
-        name: RankGroup(config, name, models, number)
-        for number, (name, models) in enumerate(config.paths().items())
+        name: RankGroup(config, name, paths, number)
+        for number, (name, paths) in enumerate(models.items())
     }
     server = StoppableServer(
         uvicorn.Config(
@@ -51,7 +60,7 @@ async def _serve(config: ServeConfig, token: str | None, listener: socket.socket
     try:
         for group in groups.values():
             await group.start()
-        _tell(config, listener, token)
+        _tell(config, listener, token, list(groups))
         watching = asyncio.create_task(_watch(list(groups.values()), server))
         await server.serve([listener])
         watching.cancel()
@@ -76,12 +85,14 @@ async def _watch(groups: list[RankGroup], server: StoppableServer) -> None:
         await asyncio.sleep(_LOOK)
 
 
-def _tell(config: ServeConfig, listener: socket.socket, token: str | None) -> None:
+def _tell(
+    config: ServeConfig, listener: socket.socket, token: str | None, names: list[str]
+) -> None:
     address = address_of(config.host, listener)
     LOG.info("page: %s/", address)
     LOG.info(
         "images API: %s/v1 (%s); models: %s",
         address,
         "no API key is needed" if token is None else "the token is the API key",
-        ", ".join(config.paths()),
+        ", ".join(names),
     )

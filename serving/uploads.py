@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageOps
 from PIL.PngImagePlugin import PngImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
@@ -106,6 +106,7 @@ def _transparency(name: str, data: bytes) -> NDArray[np.uint8]:
                     f"{name}: it has no transparent pixels; send a PNG mask whose alpha is 0 where "
                     "the picture is to be redrawn"
                 )
+            ImageOps.exif_transpose(picture, in_place=True)  # as the picture itself is decoded
             alpha = np.asarray(picture.convert("RGBA"))[:, :, 3]
     except JobError:
         raise

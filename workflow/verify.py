@@ -10,7 +10,7 @@ from core.storage.store import open_store
 from data_pipeline.catalogue.parts import verify_catalogue
 from data_pipeline.formats.manifest import NAME, SPLITS
 from data_pipeline.formats.verify import verify_split
-from training.export.files import DESCRIPTION
+from training.export.names import DESCRIPTION
 from training.export.weights import KINDS as MODELS
 from training.export.weights import describe
 

@@ -88,7 +88,7 @@ class Load:
 def run() -> list[Row]:
     """Rows of pictures/s, tail latency, wrong pictures and memory."""
     with tempfile.TemporaryDirectory() as name:
-        models = write_untrained(Path(name), CAPTIONS, DVAE, PRIOR)
+        models = write_untrained(Path(name), CAPTIONS, DVAE, PRIOR, dropout=0)
         expected = _expected(models, Path(name))
         with _served(Path(name), f"--rows={ROWS}") as (address, process):
             many = _load(address, expected, REQUESTS)

@@ -17,9 +17,16 @@ from training.export.weights import write_model
 
 
 def write_untrained(
-    folder: Path, captions: list[str], dvae: DVAEConfig, prior: PriorConfig
+    folder: Path,
+    captions: list[str],
+    dvae: DVAEConfig,
+    prior: PriorConfig,
+    dropout: float = 0.1,
 ) -> ModelPaths:
-    """Write dvae, prior, clip and bpe; vocabularies and grid of `prior` are filled in."""
+    """Write dvae, prior, clip and bpe; vocabularies and grid of `prior` are filled in.
+
+    `dropout`: above 0 the prior counts as trained for guidance.
+    """
     models = ModelPaths(
         prior=folder / "prior", dvae=folder / "dvae", clip=folder / "clip", bpe=folder / "bpe"
     )
@@ -30,7 +37,7 @@ def write_untrained(
     facts = {
         "tokenizer": digest,
         "dvae": _write(models.dvae, "dvae", dvae, {}, weights),
-        "caption_dropout": 0.1,
+        "caption_dropout": dropout,
     }
     sizes = to_json(prior) | {
         "text_vocabulary": words,

@@ -22,8 +22,8 @@ MOST = 100_000
 """Words of a file; rarer ones are left out."""
 _WHOLE = re.compile(r"[^\W_]+")
 _PIECE = re.compile("[a-z]{2,}|[^\x00-\x7f]")
-_LISTED, _CLOSE = 30, 3
-"""Known words, and similar ones for each unknown word, that a message lists."""
+_LISTED, _CLOSE, _NAMED = 30, 3, 8
+"""Known words, similar ones for each unknown word, and unknown ones that a message lists."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,16 +47,23 @@ class KnownWords:
 
     def explain(self, unknown: list[str]) -> str:
         """A sentence for people: the unknown words, similar ones, and what is known."""
+        close = {word: difflib.get_close_matches(word, self.counts, _CLOSE) for word in unknown}
+        similar = [
+            f"{word!r} is close to {', '.join(near)}" for word, near in close.items() if near
+        ]
+        return ". ".join([self._named(unknown), *similar, self._listing()])
+
+    def brief(self, unknown: list[str]) -> str:
+        """`explain` in microseconds, for captions of strangers: it looks for no similar words."""
+        return f"{self._named(unknown[:_NAMED])}. {self._listing()}"
+
+    def _named(self, unknown: list[str]) -> str:
         named = ", ".join(repr(word) for word in unknown)
         if self.complete:
             start = f"no training caption of these models has {named}"
         else:
             start = f"not among the {len(self.counts):,} most frequent training words: {named}"
-        close = {word: difflib.get_close_matches(word, self.counts, _CLOSE) for word in unknown}
-        similar = [
-            f"{word!r} is close to {', '.join(near)}" for word, near in close.items() if near
-        ]
-        return ". ".join([f"{start}, so the picture may not show it", *similar, self._listing()])
+        return f"{start}, so the picture may not show it"
 
     def _listing(self) -> str:
         words = list(self.counts)

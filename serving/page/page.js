@@ -74,11 +74,13 @@ async function submit(event) {
   const asked = fields();
   const cards = new Map();
   at("pictures").replaceChildren();
+  at("warnings").replaceChildren();
   at("progress").textContent = "Waiting for the first row…";
   try {
     const files = mask.image ? [await mask.picture(), await mask.png()] : [];
     for await (const shown of draw(asked, files[0], files[1], stop.signal)) {
       if (shown.type === "error") throw new ApiError(503, shown.error.message);
+      warn(shown.warnings);
       arrive(cards, asked, shown);
     }
     rank(cards);
@@ -90,6 +92,13 @@ async function submit(event) {
     stop = null;
     setRunning(false);
   }
+}
+
+function warn(warnings) {
+  if (at("warnings").children.length === warnings.length) return; // told once
+  const items = warnings.map((text) => document.createElement("p"));
+  items.forEach((item, i) => (item.textContent = warnings[i]));
+  at("warnings").replaceChildren(...items);
 }
 
 function setRunning(running) {

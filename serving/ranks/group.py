@@ -30,6 +30,9 @@ _PRELOAD = ["torch", "torch.distributed", "serving.ranks.worker"]
 _SUPERVISION = SupervisorConfig(hang_seconds=600.0, grace_seconds=10.0)
 """Rank 0 gives a sign of life at each step, and every 10 s without work; none while it loads."""
 
+_MOST_UNREAD = 64
+"""Pictures of a request that wait for its client, before further unfinished ones are dropped."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Drawn:
@@ -41,6 +44,8 @@ class Drawn:
     score: float
     codes: tuple[int, ...]
     png: bytes
+    warnings: tuple[str, ...] = ()
+    """What of the caption the models do not read or know."""
 
 
 class JobError(Exception):
@@ -52,14 +57,22 @@ class JobError(Exception):
 
 
 class Job:
-    """A request whose pictures arrive one by one."""
+    """A request whose pictures arrive one by one, and wait here for a client that reads slowly."""
 
     def __init__(self, draw: Draw) -> None:
         self.draw = draw
+        self.warnings: tuple[str, ...] = ()
+        self.left = draw.candidates
+        """Pictures that have not arrived."""
         self._arrived: asyncio.Queue[Drawn | JobError] = asyncio.Queue()
 
     def put(self, arrived: Drawn | JobError) -> None:
-        """Add a picture, or what ends the request."""
+        """Add a picture, or what ends the request; drops unfinished ones that nobody reads."""
+        unfinished = isinstance(arrived, Drawn) and arrived.row > 0
+        if not unfinished:
+            self.left -= 1
+        elif self._arrived.qsize() >= _MOST_UNREAD:
+            return
         self._arrived.put_nowait(arrived)
 
     async def next(self) -> Drawn:
@@ -209,6 +222,8 @@ class RankGroup:
         elif frame.kind == "failed":
             del self._jobs[job.draw.job]
             job.put(JobError(400, body["message"], "invalid_value"))
+        elif frame.kind == "warnings":
+            job.warnings = tuple(body["warnings"])
         else:
             job.put(
                 Drawn(
@@ -217,8 +232,11 @@ class RankGroup:
                     score=body["score"],
                     codes=tuple(body["codes"]),
                     png=frame.blobs[0],
+                    warnings=job.warnings,
                 )
             )
+            if not job.left:  # its client may still be reading
+                del self._jobs[job.draw.job]
 
     def _give_up(self, error: TapirError) -> None:
         self.error = error

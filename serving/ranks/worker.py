@@ -9,16 +9,18 @@ from dataclasses import asdict
 import numpy as np
 import torch
 
-from core.config import from_json
+from core.config import check, from_json
 from core.heartbeat import Heart
 from core.stop import heed_stop_signals
 from data_pipeline.text.bpe import encode
+from data_pipeline.text.words import KnownWords, load_words
 from generation.config import DrawSettings
 from generation.sampling.running import Candidate, RunningBatch
 from generation.sampling.sampler import Prompt
 from generation.text_to_image import Studio, open_studio
 from parallel.mesh import Mesh, build_mesh, own_mesh
 from parallel.world import join_world, leave_world
+from serving.models import rows_problems
 from serving.ranks.messages import (
     Draw,
     Frame,
@@ -58,6 +60,7 @@ def _serve(settings: RankSettings, mesh: Mesh) -> None:
         one_row=rows == 1,
         rerank=settings.rerank and rank == 0,
     )
+    check(rows_problems(rows, studio.caption_dropout))
     batch = RunningBatch(studio.sampler.decoder, rows)
     if rank:
         batch.follow()
@@ -65,7 +68,7 @@ def _serve(settings: RankSettings, mesh: Mesh) -> None:
     with socket.socket(socket.AF_UNIX) as link:
         link.connect(settings.link)
         link.sendall(packed("ready", asdict(_facts(studio, settings))))
-        _Worker(studio, batch, link).run()
+        _Worker(studio, batch, link, load_words(settings.models.bpe)).run()
 
 
 def _facts(studio: Studio, settings: RankSettings) -> ModelFacts:
@@ -84,8 +87,10 @@ def _facts(studio: Studio, settings: RankSettings) -> ModelFacts:
 class _Worker:
     """Rank 0's loop: requests in, one step, pictures out."""
 
-    def __init__(self, studio: Studio, batch: RunningBatch, link: socket.socket) -> None:
-        self._studio, self._batch, self._link = studio, batch, link
+    def __init__(
+        self, studio: Studio, batch: RunningBatch, link: socket.socket, words: KnownWords | None
+    ) -> None:
+        self._studio, self._batch, self._link, self._words = studio, batch, link, words
         self._schedule = Schedule(batch, self._candidate)
         patience = max(1, studio.sampler.config.image_length // _PATIENCE)
         self._pixels = PixelDecoder(studio, patience)
@@ -140,13 +145,20 @@ class _Worker:
         job = Job(draw=draw, settings=settings, prompt=self._prompt(draw, blobs))
         if problem := self._problem(job):
             self._link.sendall(packed("failed", {"job": draw.job, "message": problem}))
-        else:
-            self._schedule.add(job)
+            return
+        if warnings := self._warnings(draw.caption):
+            self._link.sendall(packed("warnings", {"job": draw.job, "warnings": warnings}))
+        self._schedule.add(job)
+
+    def _warnings(self, caption: str) -> list[str]:
+        """What of a caption the models do not read or know, for the person who wrote it."""
+        warnings = self._studio.unread(caption)
+        if self._words is not None and (unknown := self._words.unknown(caption)):
+            warnings.append(self._words.brief(unknown))
+        return warnings
 
     def _problem(self, job: Job) -> str:
         """Why a request cannot be drawn, however long it waits; "" if it can."""
-        if job.settings.guidance != 1 and self._batch.rows < 2:
-            return "guidance takes two rows; start the server with --rows 2 or more"
         return "; ".join(self._candidate(job, 0).problems(self._studio.sampler.config))
 
     def _prompt(self, draw: Draw, blobs: tuple[bytes, ...]) -> Prompt | None:

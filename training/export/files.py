@@ -14,9 +14,10 @@ from core.errors import CorruptError, InputError
 from core.files.atomic import Json, canonical_json, write_atomic, write_parts
 from core.files.out_folder import refuse_others_folder
 from core.renamed import FACTS, ROW, renamed
+from training.export.names import DESCRIPTION
 
-DESCRIPTION, CONFIG = "model.json", "config.json"
-"""A finished model's sizes, facts and digests; the settings of its run."""
+CONFIG = "config.json"
+"""The settings of a finished model's run."""
 WEIGHTS = "model.safetensors"
 SHARDS = f"{WEIGHTS}.index.json"
 UNEVEN = 1.5

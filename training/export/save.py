@@ -16,7 +16,6 @@ from core.files.atomic import Json
 from core.log import LOG
 from core.storage.store import Store
 from training.export.files import (
-    DESCRIPTION,
     SHARDS,
     WEIGHTS,
     WeightsFile,
@@ -24,6 +23,7 @@ from training.export.files import (
     write_index,
     write_weights,
 )
+from training.export.names import DESCRIPTION
 from training.export.weights import (
     averaged_weight,
     network_shapes,

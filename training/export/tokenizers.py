@@ -21,8 +21,9 @@ from models.tokenizers.protocol import (
 )
 from models.tokenizers.registry import kind_of, recognised, size_problems, sizes_of
 from parallel.device import CPU
-from training.export.files import DESCRIPTION, refuse_import_into
+from training.export.files import refuse_import_into
 from training.export.misfits import misfits
+from training.export.names import DESCRIPTION
 from training.export.weights import (
     TOKENIZER,
     Weights,

@@ -29,7 +29,6 @@ from parallel.placement import placement_of
 from training.ema import EMA
 from training.export.files import (
     CONFIG,
-    DESCRIPTION,
     SHARDS,
     WEIGHTS,
     WeightsFile,
@@ -40,6 +39,7 @@ from training.export.files import (
     with_article,
     write_weights,
 )
+from training.export.names import DESCRIPTION
 from training.initial.source import ADAPTERS, merge
 from training.run.config import config_of
 from training.stages import config_with_new_names

@@ -24,11 +24,11 @@ from models.config import LoraConfig
 from training.ema import EMA
 from training.export.files import (
     CONFIG,
-    DESCRIPTION,
     WEIGHTS,
     facts_with_new_names,
     with_article,
 )
+from training.export.names import DESCRIPTION
 from training.stages import STAGES, config_with_new_names
 
 _STEP, _CHECKPOINTS, _EXPORT = "step-", "checkpoints", "model_index.json"

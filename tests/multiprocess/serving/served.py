@@ -35,6 +35,8 @@ class Served:
     models: ModelPaths
     process: Any
     log: Path
+    temporary: Path
+    """Its temporary folder."""
 
     def client(self, **more: Any) -> httpx.Client:
         """An HTTP client that ignores proxies."""
@@ -61,36 +63,59 @@ class Served:
                 assert self.process.poll() is None and time.monotonic() < until, self.told()
                 select.select([], [], [], 0.1)
 
+    def peak_memory(self) -> int:
+        """The most bytes that the server's own process has held."""
+        status = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(re.findall(r"VmHWM:\s*(\d+) kB", status)[0]) * 1024
+
+    def traceback(self) -> bool:
+        """True if an exception got through to the log."""
+        return "Traceback" in self.log.read_text()
+
     def told(self) -> str:
         return self.log.read_text()[-4000:]
 
-    def sampled(self, folder: Path, caption: str, count: int, *flags: str) -> list[bytes]:
+    def sampled(
+        self, folder: Path, caption: str, count: int, *flags: str, models: ModelPaths | None = None
+    ) -> list[bytes]:
         """The PNGs that `tapir sample` draws with the same models."""
-        paths = (f"--{name}={getattr(self.models, name)}" for name in ("prior", "dvae", "bpe"))
+        used = models or self.models
+        paths = (f"--{name}={getattr(used, name)}" for name in ("prior", "dvae", "bpe"))
         tapir(
             *("sample", caption, f"--out={folder / 'grid.png'}", f"--pictures={folder / 'each'}"),
-            *(f"--candidates={count}", f"--clip={self.models.clip}", *paths, *flags),
+            *(f"--candidates={count}", f"--clip={used.clip}", *paths, *flags),
         )
         return [path.read_bytes() for path in sorted((folder / "each").iterdir())]
 
 
 @contextmanager
-def served(folder: Path, *flags: str) -> Iterator[Served]:
-    """Start a server of tiny models named `tiny`, and end it by SIGTERM."""
+def served(folder: Path, *flags: str, more: tuple[str, ...] = ()) -> Iterator[Served]:
+    """Start a server of tiny models named `tiny`, and end it by SIGTERM.
+
+    `more`: further models, NAME=FOLDER.
+    """
     models = write_models(folder / "models", CAPTIONS, dropout=0.1)
-    log = folder / "log"
+    log, temporary = folder / "log", folder / "tmp"
+    temporary.mkdir()
     (folder / "token").write_text(TOKEN)
-    command = [*TAPIR, "serve", f"tiny={folder / 'models'}", "--port=0", *flags]
+    command = [*TAPIR, "serve", f"tiny={folder / 'models'}", *more, "--port=0", *flags]
     with open(log, "ab") as output:  # start_tapir's processes end with each test
         process = subprocess.Popen(
-            command, stdout=output, stderr=output, env=ENVIRONMENT, start_new_session=True
+            command,
+            stdout=output,
+            stderr=output,
+            env={**ENVIRONMENT, "TMPDIR": str(temporary)},
+            cwd=folder,
+            start_new_session=True,
         )
     try:
         until = time.monotonic() + PATIENCE
         while not (told := _ADDRESS.search(log.read_text())):
             assert process.poll() is None and time.monotonic() < until, log.read_text()
             select.select([], [], [], 0.1)
-        server = Served(address=told[1], models=models, process=process, log=log)
+        server = Served(
+            address=told[1], models=models, process=process, log=log, temporary=temporary
+        )
         server.until_ready()
         yield server
         process.send_signal(signal.SIGTERM)
@@ -106,6 +131,11 @@ def png(pixels: Any, mode: str | None = None) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(np.asarray(pixels, np.uint8), mode).save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def tree(folder: Path) -> set[Path]:
+    """All paths below a folder."""
+    return set(folder.rglob("*"))
 
 
 def mask_png(side: int, rows: slice, columns: slice) -> bytes:

@@ -1,5 +1,10 @@
-"""The page in a real Chromium: rows appear, a mask is painted, and kept codes are equal."""
+"""The page in a real Chromium: rows appear, a mask is painted, and kept codes are equal.
 
+With TAPIR_SERVE_MODELS=FOLDER the screenshot shows models of that folder; TAPIR_SCREENSHOT=FILE
+keeps it, as docs/images/serve.png was made.
+"""
+
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,6 +57,32 @@ def page(server: Served, browser: Any) -> Iterator[Any]:
     yield opened
     context.close()
     assert not foreign and not problems
+
+
+def axe(page: Any) -> None:
+    """Check the page as it is now by axe-core."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    results = Axe().run(page)
+    assert results.violations_count == 0, results.generate_report()
+
+
+def tab_to(page: Any, name: str) -> None:
+    """Press Tab until an element whose name begins so has the focus, which must be visible."""
+    focused = """() => {
+        const own = document.activeElement;
+        const label = own.ariaLabel ?? own.labels?.[0]?.textContent ?? own.textContent;
+        return [label.trim(), getComputedStyle(own).outlineStyle];
+    }"""
+    passed = []
+    for _ in range(60):
+        page.keyboard.press("Tab")
+        label, outline = page.evaluate(focused)
+        passed.append(label[:30])
+        if label.startswith(name):
+            assert outline != "none", name
+            return
+    raise AssertionError(f"{name} is not reached: {passed}")
 
 
 def _own(server: Served, url: str) -> bool:
@@ -150,3 +181,68 @@ def test_a_wrong_token_is_asked_for_again(server: Served, browser: Any) -> None:
     dark = page.evaluate("getComputedStyle(document.body).backgroundColor")
     assert dark == "rgb(20, 23, 28)"
     context.close()
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_axe_core_finds_nothing(server: Served, browser: Any, scheme: str) -> None:
+    context = browser.new_context(color_scheme=scheme)
+    page = context.new_page()
+    page.set_default_timeout(SECONDS)
+    page.goto(server.address)
+    playwright.expect(page.locator("#login")).to_be_visible(timeout=SECONDS)
+    axe(page)
+    page.get_by_label("Token", exact=True).fill(TOKEN)
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator("#state")).to_have_text("Ready", timeout=SECONDS)
+    page.get_by_label("Caption").fill("a purple circle " * 8)
+    page.get_by_label("Number of pictures").fill("2")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    playwright.expect(page.locator("#progress")).to_contain_text("best first", timeout=SECONDS)
+    playwright.expect(page.locator("#warnings")).to_contain_text("'purple'")
+    page.locator("#pictures").get_by_role("button").first.click()
+    playwright.expect(page.locator("#mask")).to_be_focused(timeout=SECONDS)
+    axe(page)
+    context.close()
+
+
+def test_everything_is_done_by_keyboard_alone(page: Any) -> None:
+    tab_to(page, "Skip to the pictures")
+    tab_to(page, "Caption")
+    page.keyboard.type(CAPTIONS[0])
+    tab_to(page, "Number of pictures")
+    page.keyboard.press("Control+A")
+    page.keyboard.type("1")
+    tab_to(page, "Draw")
+    first = codes_after(page, lambda: page.keyboard.press("Enter"))
+    tab_to(page, "Change")
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator("#mask")).to_be_focused()
+    page.keyboard.press("Space")
+    playwright.expect(page.locator("#mask-state")).to_contain_text("1 of 16")
+    tab_to(page, "Draw")
+    edited = codes_after(page, lambda: page.keyboard.press("Enter"))
+    assert len(edited) == len(first)
+    tab_to(page, "Forget all")
+    page.keyboard.press("Enter")
+    playwright.expect(page.locator("#history li")).to_have_count(0)
+
+
+def test_a_screenshot_for_the_docs(browser: Any, tmp_path: Path) -> None:
+    models = os.environ.get("TAPIR_SERVE_MODELS")
+    caption = os.environ.get("TAPIR_CAPTION", CAPTIONS[0])
+    more = (f"shown={models}",) if models else ()
+    context = browser.new_context(viewport={"width": 900, "height": 860})
+    page = context.new_page()
+    page.set_default_timeout(SECONDS)
+    with served(tmp_path, more=more) as server:
+        page.goto(server.address)
+        playwright.expect(page.locator("#state")).to_have_text("Ready", timeout=SECONDS)
+        page.get_by_label("Model").select_option("shown" if models else "tiny")
+        page.get_by_label("Caption").fill(caption)
+        page.get_by_role("spinbutton", name="Key").fill("1")
+        page.get_by_role("button", name="Draw", exact=True).click()
+        playwright.expect(page.locator("#progress")).to_contain_text("best first", timeout=SECONDS)
+        path = Path(os.environ.get("TAPIR_SCREENSHOT", tmp_path / "serve.png"))
+        page.screenshot(path=path)
+    context.close()
+    assert path.stat().st_size < 150_000

@@ -4,6 +4,7 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import httpx
 import psutil
@@ -37,13 +38,10 @@ def ranks_of(server: Served) -> list[psutil.Process]:
     )
 
 
-def test_four_ranks_draw_what_one_process_draws(
-    server: Served, client: httpx.Client, tmp_path_factory: pytest.TempPathFactory
-) -> None:
-    plain = server.sampled(tmp_path_factory.mktemp("a"), CAPTIONS[0], 3, "--seed=5")
-    guided = server.sampled(
-        tmp_path_factory.mktemp("b"), CAPTIONS[1], 1, "--seed=6", "--guidance=2"
-    )
+def compare_with_one_process(server: Served, client: httpx.Client, folder: Path) -> None:
+    """Plain and guided requests at once draw the pictures of `tapir sample`."""
+    plain = server.sampled(folder / "a", CAPTIONS[0], 3, "--seed=5")
+    guided = server.sampled(folder / "b", CAPTIONS[1], 1, "--seed=6", "--guidance=2")
     answers: dict[int, httpx.Response] = {}
 
     def ask(i: int) -> None:
@@ -57,6 +55,19 @@ def test_four_ranks_draw_what_one_process_draws(
         thread.join()
     for i, answer in sorted(answers.items()):
         assert pictures(answer) == (guided if i % 2 else plain), i
+
+
+def test_four_ranks_draw_what_one_process_draws(
+    server: Served, client: httpx.Client, tmp_path: Path
+) -> None:
+    compare_with_one_process(server, client, tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--tensor=2", "--pipeline=2"])
+def test_two_ranks_draw_what_one_process_draws(flag: str, tmp_path: Path) -> None:
+    with served(tmp_path, "--rows=4", flag) as two, two.client() as client:
+        assert len(ranks_of(two)) == 2
+        compare_with_one_process(two, client, tmp_path)
 
 
 @pytest.mark.parametrize("rank", [0, 3])

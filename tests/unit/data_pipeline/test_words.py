@@ -36,6 +36,10 @@ def test_unknown_words_are_named_whole_and_once() -> None:
     text = known.explain(["circles"])
     assert "'circles'" in text and "is close to circle" in text
     assert "They know" in text and "square" in text
+    brief = known.brief(["circles"])
+    assert "'circles'" in brief and "is close to" not in brief and "square" in brief
+    named = known.brief([f"word{i}" for i in range(99)])
+    assert "'word7', so" in named and "word8" not in named
 
 
 def test_rare_words_are_left_out_and_the_message_says_so(

@@ -79,9 +79,8 @@ def test_sizes_are_squares(size: str | None, side: int) -> None:
             side_of(wrong, 16)
 
 
-def test_pictures_are_enlarged_or_the_same_bytes() -> None:
+def test_pictures_are_enlarged() -> None:
     original = encode_png(np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3))
-    assert enlarged(original, 16) is original
     assert decode_rgb(enlarged(original, 64), "a").shape == (64, 64, 3)
 
 

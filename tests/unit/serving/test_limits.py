@@ -15,10 +15,21 @@ from generation.config import ModelPaths
 from serving.app import make_app
 from serving.config import Limits, ServeConfig
 from serving.ranks.group import RankGroup
-from serving.ranks.messages import Frame, ModelFacts, packed, read_frame
+from serving.ranks.messages import Draw, Frame, ModelFacts, packed, read_frame
+from tests.harness import PATIENCE
 
 FACTS = ModelFacts(
     pixels=16, rows=4, columns=4, text_length=8, guidance=True, ranker="CLIP", step=None
+)
+DRAW = Draw(
+    job=0,
+    caption="a",
+    candidates=1,
+    seed=0,
+    temperature=1.0,
+    top_k=0,
+    top_p=1.0,
+    guidance=1.0,
 )
 PNG = encode_png(np.zeros((16, 16, 3), np.uint8))
 GENERATE = "/v1/images/generations"
@@ -63,7 +74,7 @@ def served(test: Test, folder: Path, **limits: Any) -> None:
             await group.stop()
             writer.close()
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), PATIENCE))
 
 
 def test_pictures_are_answered_best_first(tmp_path: Path) -> None:
@@ -109,6 +120,25 @@ def test_more_requests_than_may_wait_are_refused(tmp_path: Path) -> None:
     served(test, tmp_path, waiting=2)
 
 
+def test_a_client_that_does_not_read_takes_no_place_of_others(tmp_path: Path) -> None:
+    async def test(client: httpx.AsyncClient, rank: RankZero, group: RankGroup) -> None:
+        job = group.submit(lambda number: replace(DRAW, job=number))
+        await rank.frame()
+        for _ in range(200):
+            rank.draw(job.draw.job, row=1)
+        rank.draw(job.draw.job)
+        while group.unfinished:
+            await asyncio.sleep(0)
+        asked = asyncio.create_task(client.post(GENERATE, json={"prompt": "a"}))
+        rank.draw((await rank.frame()).body["job"])
+        assert (await asked).status_code == 200
+        rows = [(await job.next()).row for _ in range(65)]
+        assert rows == [1] * 64 + [0]
+        group.finish(job)
+
+    served(test, tmp_path, waiting=1)
+
+
 def test_a_lost_link_is_answered_by_503(tmp_path: Path) -> None:
     async def test(client: httpx.AsyncClient, rank: RankZero, group: RankGroup) -> None:
         asked = asyncio.create_task(client.post(GENERATE, json={"prompt": "a"}))
@@ -119,6 +149,19 @@ def test_a_lost_link_is_answered_by_503(tmp_path: Path) -> None:
         assert (await client.get("/healthz")).status_code == 503
         again = await client.post(GENERATE, json={"prompt": "a"})
         assert again.status_code == 503 and "started again" in again.json()["error"]["message"]
+
+    served(test, tmp_path)
+
+
+def test_what_the_models_do_not_read_is_told_in_the_answer(tmp_path: Path) -> None:
+    async def test(client: httpx.AsyncClient, rank: RankZero, group: RankGroup) -> None:
+        for told in (["the prior reads 8 tokens"], []):
+            asked = asyncio.create_task(client.post(GENERATE, json={"prompt": "a"}))
+            job = (await rank.frame()).body["job"]
+            if told:
+                rank.writer.write(packed("warnings", {"job": job, "warnings": told}))
+            rank.draw(job)
+            assert (await asked).json()["warnings"] == told
 
     served(test, tmp_path)
 
@@ -153,7 +196,13 @@ def test_a_stream_ends_with_its_error(tmp_path: Path) -> None:
 def test_names_of_models_are_known_or_an_error(tmp_path: Path) -> None:
     async def test(client: httpx.AsyncClient, rank: RankZero, group: RankGroup) -> None:
         wrong = await client.post(GENERATE, json={"prompt": "a", "model": "tini"})
-        assert wrong.status_code == 404 and "tiny" in wrong.json()["error"]["message"]
+        assert wrong.status_code == 404
+        assert wrong.json()["error"] == {
+            "message": "there is no model 'tini'; did you mean 'tiny'?; there are: tiny",
+            "type": "invalid_request_error",
+            "param": None,
+            "code": "model_not_found",
+        }
         asked = asyncio.create_task(
             client.post(GENERATE, json={"prompt": "a", "model": "dall-e-3"})
         )

@@ -9,6 +9,7 @@ import pytest
 
 from serving.config import is_loopback
 from serving.security import RESPONSE_HEADERS, Access, Guard, Message, Receive, Scope, Send
+from tests.harness import PATIENCE
 
 TOKEN = "0123456789abcdef"
 
@@ -177,3 +178,27 @@ def test_open_paths_need_no_token() -> None:
     code, _, told = answer([], authorization="")
     assert code == 401 and told[b"www-authenticate"] == b"Bearer"
     assert answer([], "/open", authorization="", host="evil.example")[0] == 421
+
+
+def test_an_answer_that_is_not_read_is_ended() -> None:
+    guard = Guard(
+        _fail,
+        access=Access(host="127.0.0.1"),
+        most_bytes=10,
+        seconds=60,
+        reading=0.01,
+        is_open=lambda path: True,
+    )
+    sent: list[Message] = []
+
+    async def receive() -> Message:
+        return {"type": "http.request"}
+
+    async def send(message: Message) -> None:
+        sent.append(message)
+        if message["type"] == "http.response.body":
+            await asyncio.Event().wait()  # its buffer is full
+
+    scope: Any = {"type": "http", "path": "/", "headers": headers(host="localhost")}
+    asyncio.run(asyncio.wait_for(guard(scope, receive, send), PATIENCE))
+    assert [message["type"] for message in sent] == ["http.response.start", "http.response.body"]

@@ -6,15 +6,16 @@ from pathlib import Path
 import pytest
 
 from core.errors import InputError
-from generation.config import ModelPaths
+from generation.config import ModelChoice, ModelPaths
 from serving.config import DEFAULT_MODEL, TOKEN_VARIABLE, Limits, ServeConfig, token_of
 
 TOKEN = "0123456789abcdef"
 
 
 def test_models_have_names() -> None:
-    own = ModelPaths(prior=Path("a"))
-    assert ServeConfig(models=own).paths() == {DEFAULT_MODEL: own}
+    own = ModelChoice(prior=Path("a"))
+    assert ServeConfig(models=own).paths() == {DEFAULT_MODEL: own.paths}
+    assert ServeConfig().paths() == {}
     config = ServeConfig(named=("red=runs/red", "blue=runs/blue"))
     assert list(config.paths()) == ["red", "blue"] and not config.problems()
     assert config.paths()["blue"] == ModelPaths(
@@ -31,7 +32,7 @@ def test_models_have_names() -> None:
         {"named": ("runs/red",)},
         {"named": ("../x=runs/red",)},
         {"named": ("a=x", "a=y")},
-        {"named": ("a=x",), "models": ModelPaths(prior=Path("b"))},
+        {"named": ("a=x",), "models": ModelChoice(prior=Path("b"))},
         {"port": 65536},
         {"port": -1},
         {"hosts": ("http://a",)},

@@ -31,7 +31,6 @@ from planning.estimate.layers import named, rank_layers
 from tests.unit.finished import write_models
 from training.export import save
 from training.export.files import (
-    DESCRIPTION,
     SHARDS,
     WEIGHTS,
     cut_evenly,
@@ -40,6 +39,7 @@ from training.export.files import (
     write_weights,
 )
 from training.export.huggingface import export_parts, find_parts, import_parts
+from training.export.names import DESCRIPTION
 from training.export.save import FinishedModel, Writers, save_model
 from training.export.weights import (
     describe,
