@@ -270,7 +270,8 @@ class Votes:
         if self._study.is_catch(trial):
             return False
         others = self._one(
-            f"SELECT count(*) FROM shown s WHERE trial = ? AND rater <> ? AND {_VOTED} AND {_VALID}",
+            "SELECT count(*) FROM shown s WHERE trial = ? AND rater <> ? "
+            f"AND {_VOTED} AND {_VALID}",
             *(trial, rater, self._failing()),
         )
         return others >= self._study.votes
