@@ -45,20 +45,27 @@ def write_results(folder: Path, without: tuple[int, ...] = ()) -> Json:
 
 
 def findings(body: Json) -> list[str]:
-    """A sentence for each question."""
-    return [_finding(name, part) for name, part in body["questions"].items()]
+    """A sentence for each question, and one about missing votes."""
+    missing, lines = body["missing"], [_finding(*part) for part in body["questions"].items()]
+    if missing["votes"]:
+        lines.append(
+            f"{missing['votes']} votes are missing, on {missing['captions']} captions. Raters give "
+            f"them by their links, or {missing['raters']} new ones (tapir study links)."
+        )
+    return lines
 
 
 def _finding(name: str, part: Json) -> str:
     if not part["captions"]:
         return f"{TITLES[name]}: no caption has enough votes yet."
-    best, other = sorted("ab", key=lambda choice: -part["majority"][choice]["captions"])
-    row, rest = part["majority"][best], part["majority"][other]
+    rows = part["majority"]
+    best, other = sorted("ab", key=lambda choice: -rows[choice]["captions"])
+    row, others = rows[best], [other, *(name for name in rows if name not in ("a", "b"))]
+    rest = [f"{CHOICES[each]} on {rows[each]['captions']}" for each in others]
     return (
         f"{TITLES[name]}: {CHOICES[best]} has the majority on {row['captions']} of "
         f"{part['captions']} captions, {percent(row['share'])} (95% interval "
-        f"{percent(row['low'])} to {percent(row['high'])}), {CHOICES[other]} on "
-        f"{rest['captions']}."
+        f"{percent(row['low'])} to {percent(row['high'])}), {', '.join(rest)}."
     )
 
 

@@ -63,6 +63,7 @@ def study_results(
     """
     facts = [_rater(study, votes, rater, set(without)) for rater in raters]
     kept = {row.rater for row in facts if row.kept}
+    valid = {row.rater for row in facts if study.is_valid(row.catch_right, row.catch_asked)}
     body: Json = {
         "study": study.digest,
         "a": study.a,
@@ -72,6 +73,7 @@ def study_results(
         "catch_least": study.catch_least,
         "drawn": study.drawn,
         "raters": [vars(row) for row in facts],
+        "missing": missing_votes(study, votes, valid),
         "questions": figures(study, votes, kept),
         "by_caption": by_caption(study, votes, kept),
         "method": METHOD,
@@ -79,6 +81,19 @@ def study_results(
     if len(kept) < len(facts):
         body["all_raters"] = figures(study, votes, set(raters))
     return body
+
+
+def missing_votes(study: Study, votes: Sequence[Vote], valid: set[int]) -> Json:
+    """Valid votes that the study lacks, the captions that lack them, and how many new raters can
+    give them: a rater has one vote a caption, and at most `per_rater` captions."""
+    given = count_votes(study, votes, valid, "realism").sum(1)
+    lacking = np.maximum(study.votes - given, 0)
+    total = int(lacking.sum())
+    return {
+        "votes": total,
+        "captions": int((lacking > 0).sum()),
+        "raters": max(int(lacking.max()), -(-total // study.limit())),
+    }
 
 
 def figures(study: Study, votes: Sequence[Vote], raters: set[int]) -> Json:
@@ -169,7 +184,7 @@ def _rater(study: Study, votes: Sequence[Vote], rater: int, without: set[int]) -
     reason = ""
     if rater in without:
         reason = "asked for (--without)"
-    elif catches and right < study.catch_least * len(catches):
+    elif not study.is_valid(right, len(catches)):
         reason = f"{right} of {len(catches)} answers in catch trials are right"
     return RaterFacts(
         rater=rater,

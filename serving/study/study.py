@@ -59,6 +59,10 @@ class Study:
     def caption(self, trial: int) -> str:
         return (*self.captions, *self.catches)[trial]
 
+    def is_valid(self, right: int, asked: int) -> bool:
+        """True if votes count of a rater with so many right answers in catch trials."""
+        return right >= self.catch_least * asked
+
     def left(self, trial: int, rater: int) -> Set:
         """The set whose picture a rater sees on the left."""
         return "a" if key_fraction(self.seed, "left", trial, rater) < 0.5 else "b"
@@ -76,15 +80,16 @@ class Study:
         """Catch trials among so many captions."""
         return -(-captions // self.catch_every) if self.catch_every else 0
 
-    def due_catch(self, rater: int, captions: int, catches: int) -> int | None:
+    def due_catch(self, rater: int, captions: int, catches: int, left: int) -> int | None:
         """The catch trial that comes next for a rater who has had so many of both; None if none.
 
-        Each run of `catch_every` captions has one, before a caption that the key draws.
+        Each run of `catch_every` captions has one, before a caption that the key draws; if others
+        leave only `left` captions for the rater, before the last of these.
         """
         if not self.catch_every or catches >= len(self.catches):
             return None
         block, within = divmod(captions, self.catch_every)
-        size = min(self.catch_every, self.limit() - catches * self.catch_every)
+        size = min(self.catch_every, self.limit() - catches * self.catch_every, within + left)
         place = key_int(self.seed, "catch", rater, catches) % size
         if catches < block or (catches == block and within >= place):
             return len(self.captions) + catches

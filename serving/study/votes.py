@@ -1,10 +1,12 @@
 """The votes of a study, in SQLite: a vote that was answered for survives kill -9 and power loss.
 
 Of a rater there are a number and the digest of the link's token: no name, address or browser.
-A caption that is shown to a rater is held for HOLD seconds, so that it gets `votes` votes and not
-more; every decision is one transaction, so that several servers may share the file.
+A caption that is shown to a rater is held for HOLD seconds, so that it gets `votes` valid votes and
+not more. Votes of raters who fail catch trials are not valid: their captions are offered to others.
+Every decision is one transaction, so that several servers may share the file.
 """
 
+import json
 import secrets
 import sqlite3
 import threading
@@ -43,6 +45,8 @@ CREATE TABLE vote (
 ) WITHOUT ROWID;
 """
 _VOTED = "EXISTS (SELECT 1 FROM vote v WHERE v.rater = s.rater AND v.trial = s.trial)"
+_VALID = "s.rater NOT IN (SELECT value FROM json_each(?))"
+"""Of rows of `shown`; the value is `_failing` as JSON."""
 
 
 class VoteError(TapirError):
@@ -229,12 +233,22 @@ class Votes:
         query = "SELECT count(DISTINCT trial) FROM vote WHERE rater = ? AND trial "
         return (self._one(f"{query} < ?", rater, count), self._one(f"{query} >= ?", rater, count))
 
-    def _full(self, now: float) -> set[int]:
-        """Captions whose votes are given, or held by raters who see them."""
+    def _failing(self) -> str:
+        """Raters whose votes do not count, judged by the catch trials that they have answered."""
         rows = self._database.execute(
-            f"SELECT trial FROM shown s WHERE trial < ? AND (since > ? OR {_VOTED}) "
+            "SELECT rater, sum(picked = 'a'), count(*) FROM vote WHERE trial >= ? GROUP BY rater",
+            (len(self._study.captions),),
+        )
+        return json.dumps(
+            [rater for rater, right, asked in rows if not self._study.is_valid(right, asked)]
+        )
+
+    def _full(self, now: float) -> set[int]:
+        """Captions whose valid votes are given, or held by raters who see them."""
+        rows = self._database.execute(
+            f"SELECT trial FROM shown s WHERE trial < ? AND (since > ? OR {_VOTED}) AND {_VALID} "
             "GROUP BY trial HAVING count(*) >= ?",
-            (len(self._study.captions), now - HOLD, self._study.votes),
+            (len(self._study.captions), now - HOLD, self._failing(), self._study.votes),
         )
         return {trial for (trial,) in rows}
 
@@ -252,25 +266,25 @@ class Votes:
         return None
 
     def _is_filled(self, rater: int, trial: int) -> bool:
-        """True if other raters have given all votes of a caption."""
+        """True if other raters have given all valid votes of a caption."""
         if self._study.is_catch(trial):
             return False
         others = self._one(
-            f"SELECT count(*) FROM shown s WHERE trial = ? AND rater <> ? AND {_VOTED}",
-            *(trial, rater),
+            "SELECT count(*) FROM shown s WHERE trial = ? AND rater <> ? "
+            f"AND {_VOTED} AND {_VALID}",
+            *(trial, rater, self._failing()),
         )
         return others >= self._study.votes
 
     def _new(self, rater: int, full: set[int]) -> int | None:
         study, (captions, catches) = self._study, self._answered(rater)
-        if captions >= study.limit():
-            return None
-        catch = study.due_catch(rater, captions, catches)
-        if catch is not None:
-            return catch
         rows = self._database.execute("SELECT trial FROM shown WHERE rater = ?", (rater,))
-        seen = {trial for (trial,) in rows}
-        return next((trial for trial in study.order(rater) if trial not in full | seen), None)
+        taken = full | {trial for (trial,) in rows}
+        left = [trial for trial in study.order(rater) if trial not in taken]
+        if not left or captions >= study.limit():
+            return None
+        catch = study.due_catch(rater, captions, catches, len(left))
+        return left[0] if catch is None else catch
 
 
 def _new_token() -> str:

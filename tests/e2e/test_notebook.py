@@ -21,7 +21,8 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     nbformat.validate(notebook)
     assert not any(cell.get("outputs") for cell in notebook.cells), "commit it without outputs"
     place = {"metadata": {"path": str(tmp_path)}}
-    client = NotebookClient(notebook, timeout=int(PATIENCE), resources=place)
+    wait = int(PATIENCE)
+    client = NotebookClient(notebook, timeout=wait, startup_timeout=wait, resources=place)
     client.execute()
     shown = {
         cell.id: [kind for output in cell.outputs for kind in output.get("data", {})]

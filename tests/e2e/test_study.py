@@ -119,10 +119,10 @@ def test_a_killed_server_loses_no_vote(tmp_path: Path) -> None:
         for trial, (realism, match) in answers.items():
             assert kept[number, trial, "realism"] == realism
             assert kept[number, trial, "match"] == match
-    _check(json_of("study", "results", str(study)))
+    check_figures(json_of("study", "results", str(study)))
 
 
-def _check(body: dict) -> None:  # type: ignore[type-arg]
+def check_figures(body: dict) -> None:  # type: ignore[type-arg]
     """Two of three raters pick red as more realistic, and all as the better match."""
     realism, match = body["questions"]["realism"], body["questions"]["match"]
     assert [row["catch_right"] for row in body["raters"]] == [4, 4, 4]

@@ -57,8 +57,10 @@ def _with_scripts(browser: Browser, address: str, server: Server, study: Path) -
     ]
     page.get_by_role("group", name=REALISM).get_by_label("Left").check()
     page.get_by_role("group", name=MATCH).get_by_label("Right").check()
+    button = page.get_by_role("button", name="Next pictures")
+    expect(button).to_be_enabled()  # both pictures are there
     server.kill()
-    page.get_by_role("button", name="Next pictures").press("Enter")
+    button.press("Enter")
     expect(page.get_by_role("status")).to_contain_text("Your answer is kept here")
     server.start()
     expect(page).to_have_title("Pictures 3 of 3")

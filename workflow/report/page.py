@@ -126,11 +126,24 @@ def _next_commands(folder: Path, captions: list[str]) -> list[tuple[str, str]]:
             "More candidates of a caption that failed",
             f"tapir sample {caption} {models} --candidates 64 --temperature 0.8 --out try.png",
         ),
+        ("A page to draw with, and the images API", f"tapir serve {shlex.quote(f'run={folder}')}"),
+        _study_command(folder),
         ("Where the prior's time went", f"tapir profile {place['prior']}"),
         ("Losses, reconstructions and codebook over time", f"tensorboard --logdir {whole}"),
         ("The models for other programs", f"tapir export {whole} {elsewhere}"),
         ("This page again", f"tapir report {whole}"),
     ]
+
+
+def _study_command(folder: Path) -> tuple[str, str]:
+    """People compare the pictures with real ones if they are at hand, else with another run's."""
+    run, raw, out = (shlex.quote(str(folder / name)) for name in ("", "data/raw", "study"))
+    if (folder / "data" / "raw").is_dir():
+        what = "How people like the pictures beside real ones"
+        return what, f"tapir study make {run} {raw} --count 50 --candidates 16 --out {out}"
+    what = "How people like the pictures beside another run's (a caption a line in captions.txt)"
+    flags = f"--captions captions.txt --candidates 16 --out {out}"
+    return what, f"tapir study make {run} runs/OTHER {flags}"
 
 
 def _embed(path: Path) -> str:

@@ -1,10 +1,12 @@
 """Shares, intervals and agreement against numbers worked out by hand or published."""
 
+import json
+
 import numpy as np
 import pytest
 
 from serving.study.report import findings
-from serving.study.results import by_caption, study_results
+from serving.study.results import by_caption, missing_votes, study_results
 from serving.study.statistics import (
     agreeing_pairs,
     alpha,
@@ -14,7 +16,7 @@ from serving.study.statistics import (
     shares,
     wilson,
 )
-from serving.study.study import Study
+from serving.study.study import QUESTIONS, Study
 from serving.study.votes import Vote
 
 
@@ -180,12 +182,16 @@ def test_figures_by_hand() -> None:
     assert match["agreement"]["agreeing_pairs"] == pytest.approx(5 / 18)
     # unlike ordered pairs 10, 6, 10 over 3: 26/3 of 12 votes; expected (144 - 36 - 9 - 9) / 132
     assert match["agreement"]["alpha"] == pytest.approx(1 - (26 / 36) / (90 / 132))
-    realism, match_line = findings({"questions": body["all_raters"]})
+    realism, match_line, missing = findings({**body, "questions": body["all_raters"]})
     assert realism == (
         "More realistic: A has the majority on 2 of 3 captions, 66.7% (95% interval 20.8% to "
-        "93.9%), B on 1."
+        "93.9%), B on 1, no majority on 0."
     )
     assert match_line.startswith("Matches the caption better: A has the majority on 2 of 3")
+    assert match_line.endswith("B on 0, neither on 0, no majority on 1.")
+    # five votes each were planned, and 4, 4, 4, 2 are valid
+    assert body["missing"] == {"votes": 6, "captions": 4, "raters": 3}
+    assert missing.startswith("6 votes are missing, on 4 captions.")
     # With rater 5: aabna a, aaabb a, abnnb none: realism aabba a, bbbaa b, aaaab a
     everybody = body["all_raters"]
     assert {name: row["captions"] for name, row in everybody["match"]["majority"].items()} == {
@@ -204,6 +210,41 @@ def test_captions_are_listed_with_their_votes() -> None:
         "match": {"a": 1, "b": 2, "neither": 2, "majority": "none"},
     }
     assert rows[3]["match"] == {"a": 1, "b": 1, "neither": 0, "majority": "none"}
+
+
+def test_missing_votes_need_raters_who_may_give_them() -> None:
+    rows = votes_of({1: "a"}, "realism", 0) + votes_of({1: "a", 2: "b"}, "realism", 1)
+    two = study(captions=("first", "second"), votes=2, per_rater=1)
+    assert missing_votes(two, rows, {1, 2}) == {"votes": 1, "captions": 1, "raters": 1}
+    assert missing_votes(two, rows, {1}) == {"votes": 2, "captions": 2, "raters": 2}
+    assert missing_votes(two, rows, set()) == {"votes": 4, "captions": 2, "raters": 4}
+    assert missing_votes(study(captions=("a", "b")), [], set())["raters"] == 5
+
+
+@pytest.mark.parametrize("letters,neither,none", [("aabb", 0, 4), ("nnnn", 4, 0)])
+def test_all_ties_are_told(letters: str, neither: int, none: int) -> None:
+    votes = [vote for t in range(4) for vote in votes_of(dict(enumerate(letters, 1)), "match", t)]
+    votes += [v for t in range(4) for v in votes_of(dict(enumerate("abab", 1)), "realism", t)]
+    body = study_results(study(votes=4), votes, [1, 2, 3, 4])
+    realism, match = findings(body)
+    assert realism.endswith("B on 0, no majority on 4.")
+    assert match == (
+        "Matches the caption better: A has the majority on 0 of 4 captions, 0.0% (95% interval "
+        f"0.0% to 49.0%), B on 0, neither on {neither}, no majority on {none}."
+    )
+    json.dumps(body, allow_nan=False)
+
+
+@pytest.mark.parametrize("planned,counted", [(5, 0), (1, 4)])
+def test_one_rater_alone(planned: int, counted: int) -> None:
+    """Of five planned votes one is too few; of one it is all, and no agreement is defined."""
+    votes = [v for t in range(4) for q in QUESTIONS for v in votes_of({1: "a"}, q, t)]
+    body = study_results(study(votes=planned), votes, [1])
+    for part in body["questions"].values():
+        assert part["captions"] == counted == part["majority"]["a"]["captions"]
+        if counted:
+            assert part["agreement"] == dict.fromkeys(("alpha", "low", "high", "agreeing_pairs"))
+    json.dumps(body, allow_nan=False)
 
 
 def test_raters_can_be_left_out() -> None:

@@ -12,6 +12,7 @@ import pytest
 from core.errors import CorruptError, InputError
 from core.files.atomic import sha256
 from serving.study import votes as module
+from serving.study.results import study_results
 from serving.study.study import DATABASE, FILE, Study, read_study
 from serving.study.votes import DoubleVoteError, NotShownError, Votes, create_votes
 
@@ -41,13 +42,20 @@ def opened(folder: Path, study: Study, raters: int) -> Votes:
     return votes
 
 
-def rate_all(votes: Votes, rater: int) -> list[int]:
-    """Answer until nothing is left; returns the trials in order."""
+def rate_all(votes: Votes, rater: int, wrong: bool = False) -> list[int]:
+    """Answer until nothing is left, catch trials right or wrong; returns the trials in order."""
     trials = []
     while (trial := votes.next_trial(rater)) is not None:
-        votes.add(rater, trial, BOTH)
+        votes.add(rater, trial, answer_of(votes._study, rater, trial, wrong))
         trials.append(trial)
     return trials
+
+
+def answer_of(study: Study, rater: int, trial: int, wrong: bool = False) -> dict[str, str]:
+    """Left for all captions; the intact picture of a catch trial, or the broken one."""
+    intact_is_left = study.left(trial, rater) == "a"
+    seat = "left" if not study.is_catch(trial) or intact_is_left != wrong else "right"
+    return {"realism": seat, "match": seat}
 
 
 def test_sides_are_drawn_by_key() -> None:
@@ -106,6 +114,67 @@ def test_a_rater_compares_at_most_per_rater_captions(tmp_path: Path) -> None:
     assert sum(not study.is_catch(trial) for trial in trials) == 5 == study.limit()
     assert [trial for trial in trials if study.is_catch(trial)] == [20, 21]
     assert votes.counts(1) == (5, 2)
+    votes.close()
+
+
+def test_votes_of_raters_who_fail_catch_trials_are_given_again(tmp_path: Path) -> None:
+    """Two valid votes a caption, whoever fails, and when; the results agree."""
+    study = study_of(6, votes=2, catches=("x", "y"), catch_every=3)
+    votes = opened(tmp_path, study, 4)
+    assert sorted(rate_all(votes, 1, wrong=True)) == list(range(8)), "fails both catch trials"
+    assert sorted(rate_all(votes, 2)) == sorted(rate_all(votes, 3)) == list(range(8))
+    assert votes.next_trial(4) is None, "two valid votes a caption"
+    assert rate_all(votes, 1) == []
+    body = study_results(study, votes.all(), votes.raters())
+    assert [row["kept"] for row in body["raters"]] == [False, True, True, True]
+    assert body["raters"][0]["reason"] == "0 of 4 answers in catch trials are right"
+    assert body["missing"] == {"votes": 0, "captions": 0, "raters": 0}
+    assert [sum(row["match"][name] for name in "ab") for row in body["by_caption"]] == [2] * 6
+    votes.close()
+
+
+def test_who_gives_few_votes_has_a_catch_trial_too(tmp_path: Path) -> None:
+    """One caption is left of ten, whatever place the key draws for the catch trial."""
+    study = study_of(10, votes=1, catches=("x",), catch_every=10)
+    votes = opened(tmp_path, study, 8)
+    for _ in range(10):
+        trial = votes.next_trial(1)
+        assert trial is not None
+        votes.add(1, trial, answer_of(study, 1, trial))
+    assert votes.counts(1) == (9, 1)
+    assert [votes.next_trial(rater) for rater in range(2, 9)] == [10] * 7
+    votes.close()
+
+
+def test_what_a_failing_rater_sees_is_held_for_nobody(tmp_path: Path) -> None:
+    study = study_of(1, votes=1, catches=("x",), catch_every=1)
+    votes = opened(tmp_path, study, 3)
+    assert votes.next_trial(1) == 1 and votes.next_trial(2) == 1
+    votes.add(1, 1, answer_of(study, 1, 1, wrong=True))
+    assert votes.next_trial(1) == 0, "nothing tells a rater"
+    votes.add(2, 1, answer_of(study, 2, 1))
+    assert votes.next_trial(2) == 0, "though rater 1 sees it"
+    votes.add(1, 0, BOTH)
+    body = study_results(study, votes.all(), votes.raters())
+    assert body["missing"] == {"votes": 1, "captions": 1, "raters": 1}
+    votes.add(2, 0, BOTH)
+    assert {vote.rater for vote in votes.all() if vote.trial == 0} == {1, 2}
+    assert votes.next_trial(3) is None, "no catch trial without a caption after it"
+    votes.close()
+
+
+def test_a_rater_who_recovers_counts_again(tmp_path: Path) -> None:
+    """One of two right is too few, three of four are enough."""
+    study = study_of(4, votes=1, catches=("x", "y"), catch_every=2)
+    votes = opened(tmp_path, study, 1)
+    failing = {}
+    while (trial := votes.next_trial(1)) is not None:
+        answer = answer_of(study, 1, trial)
+        votes.add(1, trial, {**answer, "match": "neither"} if trial == 4 else answer)
+        failing[trial] = votes._failing()
+    assert (failing[4], failing[5]) == ("[1]", "[]")
+    body = study_results(study, votes.all(), votes.raters())
+    assert body["raters"][0]["catch_right"] == 3 and body["raters"][0]["kept"]
     votes.close()
 
 

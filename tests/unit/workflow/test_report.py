@@ -3,8 +3,10 @@
 import base64
 import json
 import re
+import shlex
 import shutil
 import subprocess
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ import cv2
 import numpy as np
 import pytest
 
-from core.errors import CorruptError
+from cli.serving.study import study
+from core.errors import CorruptError, InputError
 from core.keys import keyed_rng
 from data_pipeline.images.crops import encode_png
 from generation.text_to_image import picture_grid
+from serving.config import ServeConfig
 from workflow.report.page import write_report
 from workflow.report.plots import best_of_counts
 
@@ -39,6 +43,8 @@ SCORES = {
         for r in (0.0, 1.0, 2.0)
     ],
 }
+
+_COMMAND = re.compile(r"<pre [^>]*>(tapir .*)</pre>")
 
 
 def demo_folder(folder: Path, candidates: int = 5, side: int = 32, **accuracy: Any) -> Path:
@@ -249,3 +255,23 @@ def test_a_verdict_of_own_pairs_is_told_with_the_nearest_pictures(tmp_path: Path
     assert "The pairs &lt;were&gt; enough." in html and base64.b64encode(nearest).decode() in html
     assert "Out of time before its last step: prior." in html
     assert "with fewer steps than planned: dvae." in html
+
+
+@pytest.mark.parametrize("raw", [False, True])
+def test_the_next_commands_are_read_by_their_verbs(
+    raw: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a folder with a space."""
+    folder = demo_folder(tmp_path / "my run")
+    if raw:
+        (folder / "data" / "raw").mkdir(parents=True)
+    commands = [shlex.split(unescape(row)) for row in _COMMAND.findall(_page(folder))]
+    verbs = {command[1]: command[2:] for command in commands}
+    served = ServeConfig(named=tuple(verbs["serve"]))
+    assert served.named == (f"run={folder}",) and served.problems() == []
+    other = str(folder / "data" / "raw") if raw else "runs/OTHER"
+    assert verbs["study"][:3] == ["make", str(folder), other]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match=other):  # all flags are known, the pictures are missing
+        study(verbs["study"])
+    assert not (folder / "study").exists()

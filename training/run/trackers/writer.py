@@ -101,7 +101,7 @@ class _Feed:
             while (task := self._tasks.get()) is not None and not self._dropped.is_set():
                 task(tracker)
             tracker.close()
-        except Exception as error:  # whatever somebody else's library raises
+        except BaseException as error:  # whatever a library raises, SystemExit too: told, not lost
             self._drop(f"{type(error).__name__}: {error}")
 
     def _drop(self, reason: str) -> None:

@@ -132,6 +132,28 @@ def test_a_failed_tracker_is_told_once_and_stops_nothing(
         assert next(r for r in Recorder.opened if type(r) is Recorder).rows == SCALARS
 
 
+@pytest.mark.parametrize("error", [RuntimeError("no"), SystemExit("no")], ids=["error", "exit"])
+@pytest.mark.parametrize("call", ["scalars", "picture", "histogram", "close"])
+def test_a_tracker_that_raises_at_any_call_is_told_once(
+    call: str,
+    error: BaseException,
+    tmp_path: Path,
+    told: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Training goes on, and the other tracker gets all."""
+
+    def fail(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setitem(writer.OWN, "broken", type("Broken", (Recorder,), {call: fail}))
+    assert _run(tmp_path, "broken,recorder") == ROWS
+    messages = [text for text in told.messages if "tracker broken failed" in text]
+    assert len(messages) == 1 and f"({type(error).__name__}: no)" in messages[0]
+    whole = next(each for each in Recorder.opened if type(each) is Recorder)
+    assert whole.rows == SCALARS and len(whole.shown) == 2 and whole.closed
+
+
 def test_a_tracker_that_does_not_keep_up_is_dropped(
     tmp_path: Path, told: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
