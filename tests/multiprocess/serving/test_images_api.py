@@ -229,7 +229,7 @@ def test_after_all_that_it_draws_the_same(
 ) -> None:
     """Bombs took no memory, and no path was left."""
     assert len(HOSTILE) >= 40
-    assert server.peak_memory() < 600e6
+    assert server.peak_memory() < 300e6
     answer = client.post(GENERATE, json=request(CAPTIONS[0], n=1, seed=9))
     assert pictures(answer) == server.sampled(tmp_path, CAPTIONS[0], 1, "--seed=9")
     assert server.metric("tapir_restarts_total") == 0
