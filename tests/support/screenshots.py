@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import cv2
+import numpy as np
 from playwright.sync_api import Page
 
 from data_pipeline.images.crops import encode_png
@@ -33,9 +34,9 @@ def study_page(page: Page, folder: Path) -> None:
         (folder / name).mkdir()
     for i, pair in enumerate(shapes_pairs(0, _PAIRS, _PIXELS, 0)):
         sharp = decode_rgb(pair.image, pair.where)
-        blurred = cv2.GaussianBlur(sharp, (0, 0), _SIGMA)
+        blurred = np.asarray(cv2.GaussianBlur(sharp, (0, 0), _SIGMA), np.uint8)
         for name, picture in (("sharp", sharp), ("blurred", blurred)):
-            (folder / name / f"{i}.png").write_bytes(encode_png(picture))  # type: ignore[arg-type]
+            (folder / name / f"{i}.png").write_bytes(encode_png(picture))
             (folder / name / f"{i}.txt").write_bytes(pair.caption)
     study = folder / "study"
     sets = [str(folder / name) for name in ("sharp", "blurred")]

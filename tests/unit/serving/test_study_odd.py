@@ -63,8 +63,8 @@ def test_any_caption_is_shown_as_it_is(caption: str, tmp_path: Path) -> None:
     assert study.captions == (caption,)
     votes = Votes(folder, study)
     ((rater, token),) = votes.add_raters(1)
-    client = TestClient(study_app(folder, study, votes, Access(host="127.0.0.1")))
-    client.base_url = "http://127.0.0.1"  # type: ignore[assignment]
+    app = study_app(folder, study, votes, Access(host="127.0.0.1"))
+    client = TestClient(app, base_url="http://127.0.0.1")
     answer = client.get(f"/r/{token}")
     assert answer.status_code == 200
     page = _Texts(answer.text)
