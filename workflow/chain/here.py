@@ -20,7 +20,7 @@ from workflow.run_file import FOLDERS, STAGES, RunFile
 
 SECONDS = "seconds.json"
 _LOOK = 0.5
-_SAVING = 60.0
+_SAVING = 180.0
 """Seconds in which a stage that ran out of time saves a checkpoint."""
 
 
