@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from tapir import PACKAGES
+from tests.harness import ENVIRONMENT
 
 _MODULES = (
     *("tests", "bench", "profile", "random", "json", "types", "logging"),
@@ -33,3 +34,8 @@ def hostile_folder(folder: Path, only_ours: bool = False) -> Path:
 def foreign_code(folder: Path) -> list[str]:
     """Names of its modules that ran."""
     return sorted(path.name.removeprefix("ran-") for path in folder.glob("ran-*"))
+
+
+def bare() -> dict[str, str]:
+    """The environment of a user who has installed Tapir."""
+    return {k: v for k, v in ENVIRONMENT.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}

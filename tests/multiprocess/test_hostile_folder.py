@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from tapir import PACKAGES, VERBS
-from tests.harness import ENVIRONMENT, ROOT, rows_of
-from tests.hostile import foreign_code, hostile_folder
+from tests.harness import ROOT, rows_of
+from tests.hostile import bare, foreign_code, hostile_folder
 
 _SHORT = [
     "--loop.steps=2",
@@ -41,11 +41,6 @@ def hostile(tmp_path: Path) -> Iterator[Path]:
     assert foreign_code(folder) == []
 
 
-def bare() -> dict[str, str]:
-    """The environment of a user who has installed Tapir."""
-    return {k: v for k, v in ENVIRONMENT.items() if k not in ("PYTHONPATH", "PYTHONSAFEPATH")}
-
-
 def run(command: list[str], cwd: Path, code: int = 0, **extra: str) -> str:
     done = subprocess.run(
         command, cwd=cwd, env={**bare(), **extra}, capture_output=True, text=True, timeout=300
@@ -64,7 +59,7 @@ def beside(name: str) -> str:
 def test_every_verb_works(
     hostile: Path, raw: Path, bpe: Path, tokens: Path, dvae: Path, tmp_path: Path
 ) -> None:
-    """Verbs of the demo and of chains are tested in such a folder by their own tests."""
+    """Verbs of the demo, of chains and of servers are tested there by their own tests."""
     data, prior = str(raw), str(tmp_path / "prior")
     run_file = tmp_path / "run.yaml"
     stages = {"pack": {"source": "shapes"}, "prior": {"nodes": 2, "flags": {"data": str(tokens)}}}
@@ -102,7 +97,17 @@ def test_every_verb_works(
         (["cancel", out], 0),
     ]
     text = run([sys.executable, "-P", "-c", _DRIVER, json.dumps(commands)], hostile)
-    elsewhere = {"demo", "tokenize", "sample", "evaluate", "score", "report", "job", "pack"}
+    elsewhere = {
+        "demo",
+        "tokenize",
+        "sample",
+        "evaluate",
+        "score",
+        "report",
+        "job",
+        "pack",
+        "serve",
+    }
     assert {arguments[0] for arguments, _ in commands} | elsewhere == set(VERBS)
     assert "PYTHONSAFEPATH=1" in text and " -P -m tapir" in text
 

@@ -19,7 +19,8 @@ import numpy as np
 from PIL import Image
 
 from generation.config import ModelPaths
-from tests.harness import ENVIRONMENT, PATIENCE, TAPIR, tapir
+from tests.harness import PATIENCE, TAPIR, tapir
+from tests.hostile import bare, foreign_code, hostile_folder
 from tests.unit.finished import write_models
 
 CAPTIONS = ["a small red circle", "two blue squares"]
@@ -90,13 +91,14 @@ class Served:
 
 @contextmanager
 def served(folder: Path, *flags: str, more: tuple[str, ...] = ()) -> Iterator[Served]:
-    """Start a server of tiny models named `tiny`, and end it by SIGTERM.
+    """Start a server of tiny models named `tiny` in a hostile folder, and end it by SIGTERM.
 
     `more`: further models, NAME=FOLDER.
     """
     models = write_models(folder / "models", CAPTIONS, dropout=0.1)
     log, temporary = folder / "log", folder / "tmp"
     temporary.mkdir()
+    hostile = hostile_folder(folder / "hostile")
     (folder / "token").write_text(TOKEN)
     command = [*TAPIR, "serve", f"tiny={folder / 'models'}", *more, "--port=0", *flags]
     with open(log, "ab") as output:  # start_tapir's processes end with each test
@@ -104,8 +106,8 @@ def served(folder: Path, *flags: str, more: tuple[str, ...] = ()) -> Iterator[Se
             command,
             stdout=output,
             stderr=output,
-            env={**ENVIRONMENT, "TMPDIR": str(temporary)},
-            cwd=folder,
+            env={**bare(), "TMPDIR": str(temporary)},
+            cwd=hostile,
             start_new_session=True,
         )
     try:
@@ -120,6 +122,7 @@ def served(folder: Path, *flags: str, more: tuple[str, ...] = ()) -> Iterator[Se
         yield server
         process.send_signal(signal.SIGTERM)
         assert process.wait(PATIENCE) == 0, server.told()
+        assert foreign_code(hostile) == []
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
