@@ -260,6 +260,6 @@ def captions_in(sizing: Sizing, pairs: Pairs, seconds: float) -> int:
 def picture_seconds(sizing: Sizing, pairs: Pairs) -> float:
     """Seconds to draw a picture, from those of a step of the prior."""
     prior: Any = settings_of(sizing.size, pairs)["prior"]
-    tokens = prior.loop.global_batch_size * prior.model.length
+    tokens: int = prior.loop.global_batch_size * prior.model.length
     each = sizing.seconds["prior"] / tokens  # a forward pass is a third of a step; half as fast
-    return max(each * prior.model.image_length, 1e-9)
+    return max(each * int(prior.model.image_length), 1e-9)
