@@ -82,6 +82,7 @@ def test_every_verb_works(
         (["data", data, "--sql=SELECT count(*) FROM pairs"], 0),
         (["study", "make", data, data, f"--out={tmp_path / 'study'}", "--count=2"], 0),
         (["study", "results", str(tmp_path / "study")], 0),
+        (["serve", f"x={tmp_path / 'none'}", "--port=0"], 2),
         (["plan", "tiny", "--world=2"], 0),
         (["rehearse", "tiny"], 0),
         (["doctor", "--node", f"--out={out}", "--disk=0"], 0),

@@ -1,7 +1,8 @@
 """The page in a real Chromium: rows appear, a mask is painted, and kept codes are equal.
 
-With TAPIR_SERVE_MODELS=FOLDER the screenshot shows models of that folder; TAPIR_SCREENSHOT=FILE
-keeps it, as docs/images/serve.png was made.
+With TAPIR_SERVE_MODELS=FOLDER the screenshot shows models of that folder, with TAPIR_CAPTION=TEXT
+another caption; TAPIR_SCREENSHOT=FILE keeps it. So docs/images/serve.png is made, by the models of
+examples/panels.yaml.
 """
 
 import os
@@ -231,7 +232,7 @@ def test_a_screenshot_for_the_docs(browser: Any, tmp_path: Path) -> None:
     models = os.environ.get("TAPIR_SERVE_MODELS")
     caption = os.environ.get("TAPIR_CAPTION", CAPTIONS[0])
     more = (f"shown={models}",) if models else ()
-    context = browser.new_context(viewport={"width": 900, "height": 860})
+    context = browser.new_context(viewport={"width": 900, "height": 1000})
     page = context.new_page()
     page.set_default_timeout(SECONDS)
     with served(tmp_path, more=more) as server:
