@@ -69,7 +69,11 @@ def _chosen(run: SampleRun, captions: list[str]) -> ModelPaths:
 
 def _shipped(name: str) -> ModelPaths:
     models, card = shipped_models(name), read_card(name)
-    LOG.info("models: %s, shipped with Tapir: %s (%s)", name, card.title, models.prior.parent)
+    LOG.info(
+        "models: %s, shipped with Tapir: %s (%s); the figures of its card are of --temperature %g "
+        "--guidance %g",
+        *(name, card.title, models.prior.parent, card.score.temperature, card.score.guidance),
+    )
     return models
 
 
