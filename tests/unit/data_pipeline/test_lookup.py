@@ -198,18 +198,18 @@ def test_an_index_without_a_count_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_a_lease_is_held_by_one_and_taken_over_when_it_is_left(tmp_path: Path) -> None:
     store = FolderStore(tmp_path)
-    first, second = (Leases(store, "train/", 0.2, JobWorker(number=i, count=2)) for i in range(2))
+    first, second = (Leases(store, "train/", 1.0, JobWorker(number=i, count=2)) for i in range(2))
     lease = first.claim("task")
     assert lease is not None and second.claim("task") is None
     with first.held(lease, {"pairs": 3}):
         for _ in range(6):
             assert second.claim("task") is None
-            time.sleep(0.1)
+            time.sleep(0.25)
         assert json.loads(store.get(lease))["progress"] == {"pairs": 3}
     assert store.names() == []
     lease = first.claim("task")
     assert second.claim("task") is None
-    time.sleep(0.3)
+    time.sleep(1.3)
     taken = second.claim("task")
     assert taken is not None and taken != lease and first.claim("task") is None
 

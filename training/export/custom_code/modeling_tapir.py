@@ -182,8 +182,7 @@ class TapirModel(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
     def pictures(self, codes: Tensor) -> Tensor:
         """Pictures of codes, or of what `generate` returns: (B, ...) -> (B, 3, S, S) in [0, 1].
 
-        In fp32 on a CPU of one kind, with one torch, as many threads and the same B, those of Tapir
-        bit for bit; with others some pixels differ by 1e-6, as convolutions take other kernels.
+        In fp32 those of Tapir to 1e-6: convolutions choose their kernels by threads and batch.
         """
         dvae = self._dvae()
         grid = codes[:, -self.image_length :].reshape(-1, self.grid, self.grid)
