@@ -65,7 +65,7 @@ class TarBuffer:
     """
 
     def __init__(self) -> None:
-        self._buffer = io.BytesIO()
+        self._parts: list[bytes] = []  # a BytesIO copies what it holds each time it grows
         self.size = 0
         """Offset of the next member's header."""
 
@@ -73,16 +73,14 @@ class TarBuffer:
         """Append a member."""
         header = _header(name, len(data))
         padding = -len(data) % tarfile.BLOCKSIZE
-        self._buffer.write(header)
-        self._buffer.write(data)
-        self._buffer.write(bytes(padding))
+        self._parts += (header, data, bytes(padding))
         self.size += len(header) + len(data) + padding
 
     def finish(self) -> bytes:
         """The whole tar, with its end mark."""
         end = self.size + 2 * tarfile.BLOCKSIZE
-        self._buffer.write(bytes(end - self.size + -end % tarfile.RECORDSIZE))
-        return self._buffer.getvalue()
+        self._parts.append(bytes(end - self.size + -end % tarfile.RECORDSIZE))
+        return b"".join(self._parts)
 
 
 def _header(name: str, size: int) -> bytes:

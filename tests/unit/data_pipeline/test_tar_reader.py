@@ -3,6 +3,7 @@
 import io
 import tarfile
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -80,7 +81,8 @@ def _archives(draw: st.DrawFn) -> bytes:
         common = draw(st.sampled_from([{}, {}, {}, {"comment": "x"}, {"gname": "y"}]))
         with tarfile.open(fileobj=buffer, mode="w", format=form, pax_headers=common) as tar:
             for _ in range(draw(st.integers(0, 8))):
-                tar.addfile(*draw(_members()))
+                with suppress(ValueError):  # ustar has no long names and large numbers
+                    tar.addfile(*draw(_members()))
         whole += buffer.getvalue()
     return whole
 
