@@ -78,7 +78,9 @@ def _archives(draw: st.DrawFn) -> bytes:
     for _ in range(draw(st.integers(1, 2))):
         buffer = io.BytesIO()
         form = draw(st.sampled_from(FORMATS))
-        common = draw(st.sampled_from([{}, {}, {}, {"comment": "x"}, {"gname": "y"}]))
+        common = draw(
+            st.sampled_from([{}, {}, {}, {"comment": "x"}, {"gname": "y"}, {"path": "z.png"}])
+        )
         with tarfile.open(fileobj=buffer, mode="w", format=form, pax_headers=common) as tar:
             for _ in range(draw(st.integers(0, 8))):
                 with suppress(ValueError):  # ustar has no long names and large numbers
@@ -170,7 +172,10 @@ def test_plain_headers_are_not_left_to_tarfile(
 
 @pytest.mark.parametrize(
     "records",
-    ["13 path=b.png", "9 size=1", "20 hdrcharset=BINARY", "12 mtime=1.50", "14 mtime=1.50"],
+    [
+        *("16 path=b.png", "10 size=1", "22 hdrcharset=BINARY", "14 mtime=1.50", "0 mtime=1.50"),
+        *("14 mtime=1.50\n16 path=b.png", "14 mtime=1.50\n14 atime=1.50"),
+    ],
 )
 def test_a_pax_header_that_may_change_a_member_is_left_to_tarfile(records: str) -> None:
     """Also if the length of a record is wrong, and if the block has more than its size."""
@@ -178,10 +183,35 @@ def test_a_pax_header_that_may_change_a_member_is_left_to_tarfile(records: str) 
     text = f"{records}\n".encode()
     for at in range(0, len(whole), 512):
         if b"mtime=" in whole[at : at + 512]:
-            for size in (len(text), 512, 5):
+            for size in (len(text), 14, 512, 5):
                 changed = whole.copy()
                 changed[at : at + 512] = text.ljust(512, b"\0")
                 changed[at - 512 + 124 : at - 512 + 136] = b"%011o\0" % size
                 seal(changed)
                 expected = _by_tarfile(io.BytesIO(changed))
                 assert _by_reader(io.BytesIO(changed)) == expected
+
+
+@pytest.mark.parametrize("sealed", [False, True])
+def test_a_changed_byte_of_a_header_ends_as_by_tarfile(sealed: bool) -> None:
+    whole = tar_bytes([("a.png", b"a"), ("b.png", b"b"), ("c.png", b"c")])
+    for place in range(512):
+        for byte in (1, 0x80):
+            changed = bytearray(whole)
+            changed[1024 + place] ^= byte
+            if sealed:
+                seal(changed)
+            expected = _by_tarfile(io.BytesIO(changed))
+            assert _by_reader(io.BytesIO(changed)) == expected, place
+
+
+@pytest.mark.parametrize("headers", [{"path": "z.png"}, {"size": "1"}])
+def test_global_pax_headers_change_all_members(headers: dict[str, str]) -> None:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", pax_headers=headers) as tar:
+        for name in ("a.png", "b.png", "c.png"):
+            info = tarfile.TarInfo(name)
+            info.size = 2
+            tar.addfile(info, io.BytesIO(b"ab"))
+    rows = _by_reader(io.BytesIO(buffer.getvalue()))
+    assert rows == _by_tarfile(io.BytesIO(buffer.getvalue())) and len(rows) == 4
