@@ -17,8 +17,10 @@ from tests.unit.data_pipeline.test_archives import seal
 MOST = 700
 """Bytes that are read of a member at most."""
 FORMATS = tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT
-KINDS = tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE
-KINDS = (*KINDS, tarfile.FIFOTYPE, tarfile.CONTTYPE, b"V")
+KINDS = (
+    *(tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE, tarfile.LNKTYPE),
+    *(tarfile.FIFOTYPE, tarfile.CONTTYPE, b"V"),
+)
 Rows = list[Any]
 
 
@@ -45,7 +47,8 @@ def _by_tarfile(stream: Any) -> Rows:
                 end = tar.offset
                 size = -1 if member.size <= MOST else MOST
                 read = tar.extractfile(member) if member.isfile() else None
-                rows.append(_row(member, end, tar.pax_headers, read and read.read(size)))
+                content = read.read(size) if read else None
+                rows.append(_row(member, end, tar.pax_headers, content))
             rows.append(getattr(tar, "has_ended", False))
     except Exception as error:
         rows.append((type(error), str(error)))
