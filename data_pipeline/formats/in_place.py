@@ -23,7 +23,8 @@ from data_pipeline.formats.views.masks import Kept
 from data_pipeline.sources.files import MOST_BYTES
 from data_pipeline.sources.pair import Pair, Unusable, unusable
 from data_pipeline.sources.tar_groups import Run
-from data_pipeline.sources.tars import Readable, archive_items
+from data_pipeline.sources.tar_reader import Readable
+from data_pipeline.sources.tars import archive_items
 
 _HELD = 3 * MOST_BYTES
 """Bytes that are held at most: those of a pair with the other members between its own."""

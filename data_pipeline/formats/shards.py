@@ -43,10 +43,6 @@ class Member:
         return self.start + -(-self.length // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
 
 
-_NAME, _SIZE = slice(0, 100), slice(124, 136)
-_CHECKSUM = slice(148, 156)
-
-
 def _info(name: str, size: int) -> tarfile.TarInfo:
     info = tarfile.TarInfo(name)
     info.size, info.mode = size, 0o444
@@ -55,6 +51,10 @@ def _info(name: str, size: int) -> tarfile.TarInfo:
 
 
 _HEADER = _info("", 0).tobuf(tarfile.USTAR_FORMAT)
+_OWNER, _TIME, _REST = _HEADER[100:124], _HEADER[136:148], _HEADER[156:]
+"""A header but for its name, size and checksum."""
+_TOTAL = sum(_OWNER) + sum(_TIME) + 8 * ord(" ") + sum(_REST)
+"""Its checksum without name and size."""
 
 
 class TarBuffer:
@@ -65,7 +65,7 @@ class TarBuffer:
     """
 
     def __init__(self) -> None:
-        self._buffer = io.BytesIO()
+        self._parts: list[bytes] = []  # a BytesIO copies what it holds each time it grows
         self.size = 0
         """Offset of the next member's header."""
 
@@ -73,28 +73,25 @@ class TarBuffer:
         """Append a member."""
         header = _header(name, len(data))
         padding = -len(data) % tarfile.BLOCKSIZE
-        self._buffer.write(header)
-        self._buffer.write(data)
-        self._buffer.write(bytes(padding))
+        self._parts += (header, data, bytes(padding))
         self.size += len(header) + len(data) + padding
 
     def finish(self) -> bytes:
         """The whole tar, with its end mark."""
         end = self.size + 2 * tarfile.BLOCKSIZE
-        self._buffer.write(bytes(end - self.size + -end % tarfile.RECORDSIZE))
-        return self._buffer.getvalue()
+        self._parts.append(bytes(end - self.size + -end % tarfile.RECORDSIZE))
+        return b"".join(self._parts)
 
 
 def _header(name: str, size: int) -> bytes:
     """TarInfo.tobuf for short names without its tenth of a millisecond."""
     if not name.isascii() or len(name) > 100 or size >= 8**11:
         return _info(name, size).tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape")
-    header = bytearray(_HEADER)
-    header[_NAME] = name.encode().ljust(100, b"\0")
-    header[_SIZE] = b"%011o\0" % size
-    header[_CHECKSUM] = b" " * 8
-    header[_CHECKSUM] = b"%06o\0 " % sum(header)
-    return bytes(header)
+    title, length = name.encode(), b"%011o\0" % size
+    total = _TOTAL + sum(title) + sum(length)
+    return b"".join(
+        (title, bytes(100 - len(title)), _OWNER, length, _TIME, b"%06o\0 " % total, _REST)
+    )
 
 
 def build_tar(samples: list[dict[str, Any]]) -> bytes:

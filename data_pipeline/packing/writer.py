@@ -12,6 +12,8 @@ from data_pipeline.formats.manifest import Shard
 from data_pipeline.formats.shards import TarBuffer, describe
 from data_pipeline.sources.pair import Pair
 
+_JSON = json.JSONEncoder(sort_keys=True)
+
 
 class RawWriter:
     """Collects the pairs of one split of a unit and writes a shard when it is full.
@@ -35,7 +37,7 @@ class RawWriter:
         if len(captions) > 1:
             facts["captions"] = captions
         members = {
-            "json": json.dumps(facts, sort_keys=True).encode(),
+            "json": _JSON.encode(facts).encode(),
             pair.extension: pair.image,
             "txt": captions[0].encode(),
         }

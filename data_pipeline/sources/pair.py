@@ -68,7 +68,9 @@ def key_of(name: str) -> str:
     Different names have different keys: if the name cannot be recovered from the key, a digest of
     the name is appended.
     """
-    plain = "".join("_" if is_odd(c) else c for c in name).replace("/", "__").replace(".", "_")
+    is_plain = name.isascii() and name.isprintable()
+    even = name if is_plain else "".join("_" if is_odd(c) else c for c in name)
+    plain = even.replace("/", "__").replace(".", "_")
     if plain.replace("__", "/") == name:
         return plain
     digest = hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=4).hexdigest()

@@ -8,11 +8,11 @@ import bz2
 import gzip
 import io
 import lzma
+import re
 import tarfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
 from core.errors import CorruptError, TapirError
 from data_pipeline.images.crops import EXTENSIONS
@@ -28,26 +28,19 @@ from data_pipeline.sources.names import (
 )
 from data_pipeline.sources.pair import METADATA, Pair, Unusable, unusable
 from data_pipeline.sources.tar_groups import Group, Item, Run
+from data_pipeline.sources.tar_reader import Readable, TarReader
 
 HEAD = 6
 """Bytes that tell how an archive is compressed."""
-_PART = 2**17
-"""Bytes of a read."""
-_ENDED = "has_ended"
 _HARMLESS = {"comment"}
 """Global PAX headers that change no member."""
+_PLAIN = re.compile(rf"([\w-]+)\.({'|'.join((*EXTENSIONS, CAPTION, NOTE))})", re.ASCII)
+"""Names of most members, for which no path has to be parsed: (stem, extension)."""
 _PACKED: dict[bytes, Callable[..., Any]] = {
     b"\x1f\x8b": gzip.open,
     b"BZh": bz2.open,
     b"\xfd7zXZ\0": lzma.open,
 }
-
-
-class Readable(Protocol):
-    """A binary stream; it need not be seekable."""
-
-    def read(self, size: int = -1, /) -> bytes:
-        """Read at most `size` bytes; none at the end."""
 
 
 def archive_pairs(stream: Readable, where: str, archive: str) -> Iterator[Pair | Unusable]:
@@ -67,10 +60,10 @@ def archive_items(
     `in_place`: an archive whose runs cannot be read by themselves is a reject.
     """
     try:
-        with _opened(stream, in_place) as tar:
-            yield from _members(tar, where, archive, in_place)
-            if not getattr(tar, _ENDED, False):
-                raise tarfile.ReadError(f"no end mark at {tar.offset}")
+        tar = TarReader(_unpacked(stream, in_place))
+        yield from _members(tar, where, archive, in_place)
+        if not tar.has_ended:
+            raise tarfile.ReadError(f"no end mark at {tar.offset}")
     except (MemoryError, TapirError):
         raise
     except Exception as error:  # tarfile raises nearly anything for damaged archives
@@ -84,10 +77,8 @@ def run_pairs(data: bytes, where: str, archive: str) -> list[Pair]:
     """
     padded = data + bytes(-len(data) % tarfile.BLOCKSIZE)
     try:
-        with tarfile.open(
-            fileobj=io.BytesIO(padded), mode="r:", tarinfo=_Header, ignore_zeros=True
-        ) as tar:
-            return [item for item in _members(tar, where, archive) if isinstance(item, Pair)]
+        tar = TarReader(io.BytesIO(padded))
+        return [item for item in _members(tar, where, archive) if isinstance(item, Pair)]
     except (tarfile.TarError, ValueError) as error:
         raise CorruptError(f"a part of {where} is not a part of a tar: {error}") from error
 
@@ -120,67 +111,52 @@ class _Rejoined:
         return part if size >= 0 else part + self._rest.read()
 
 
-@contextmanager
-def _opened(stream: Readable, plain: bool) -> Iterator[tarfile.TarFile]:
+def _unpacked(stream: Readable, plain: bool) -> Readable:
+    """The bytes of a tar; `plain` refuses a compressed one."""
     head = b""
     while len(head) < HEAD and (part := stream.read(HEAD - len(head))):
         head += part
     whole: Any = _Rejoined(head, stream)
     opener = _opener(head)
-    if opener is not None:  # tarfile's own stop at the first part
-        if plain:
-            raise tarfile.ReadError("it is compressed, and cannot be read in place")
-        whole = opener(whole, "rb")
-    with tarfile.open(
-        fileobj=whole, mode="r|", tarinfo=_Header, ignore_zeros=True, bufsize=_PART
-    ) as tar:
-        yield tar
+    if opener is None:
+        return whole  # type: ignore[no-any-return]
+    if plain:
+        raise tarfile.ReadError("it is compressed, and cannot be read in place")
+    return opener(whole, "rb")  # type: ignore[no-any-return]  # tarfile's own stops at a part's end
 
 
-class _Header(tarfile.TarInfo):
-    """Continues after an end mark, as in concatenated tars, but not after a damaged header."""
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Header":
-        try:
-            header = super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
-            setattr(archive, _ENDED, True)
-            raise
-        except tarfile.EmptyHeaderError:  # type: ignore[attr-defined]
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"a damaged header at {archive.offset}: {error}") from error
-        setattr(archive, _ENDED, False)
-        return header
-
-
-def _members(
-    tar: tarfile.TarFile, where: str, archive: str, in_place: bool = False
-) -> Iterator[Item]:
+def _members(tar: TarReader, where: str, archive: str, in_place: bool = False) -> Iterator[Item]:
     group = Group(where, archive, "")
     try:
         while (member := tar.next()) is not None:
-            tar.members.clear()  # type: ignore[attr-defined]  # else memory grows
-            name = PurePosixPath(member.name)
-            at, extension = f"{where}:{member.name}", extension_of(name.name)
-            reject = _refused(member, name, at)
+            stem, extension, reject = _named(member, where)
             if in_place and tar.pax_headers.keys() - _HARMLESS:
                 raise tarfile.ReadError("a global PAX header changes its members: pack it copied")
             if reject is not None:
                 yield reject
-            elif member.isfile() and (is_picture(name.name) or extension in (CAPTION, NOTE)):
-                stem = name.with_suffix("").as_posix()
+            elif stem:
                 if not group.has(stem):
                     yield from group.end()
                     group = Group(where, archive, stem)
                 end = tar.offset
-                content = _content(tar, member, at, extension)
+                content = _content(tar, member, where, extension)
                 yield from group.add(stem, extension, *content, Run(member.offset, end))
     except Exception:
         yield from (item for item in group.end() if not isinstance(item, Unusable))
         raise
     yield from group.end()
+
+
+def _named(member: tarfile.TarInfo, where: str) -> tuple[str, str, Unusable | None]:
+    """(path without its extension, extension, reject); neither a path nor a reject for folders."""
+    plain = _PLAIN.fullmatch(member.name) if member.isfile() else None
+    if plain is not None:
+        return plain[1], plain[2], None
+    name = PurePosixPath(member.name)
+    reject, extension = _refused(member, name, f"{where}:{member.name}"), extension_of(name.name)
+    if reject is not None or not member.isfile():
+        return "", "", reject
+    return name.with_suffix("").as_posix(), extension, None
 
 
 def _refused(member: tarfile.TarInfo, name: PurePosixPath, where: str) -> Unusable | None:
@@ -200,13 +176,14 @@ def _refused(member: tarfile.TarInfo, name: PurePosixPath, where: str) -> Unusab
 
 
 def _content(
-    tar: tarfile.TarFile, member: tarfile.TarInfo, where: str, extension: str
+    tar: TarReader, member: tarfile.TarInfo, where: str, extension: str
 ) -> tuple[bytes | None, Unusable | None]:
     """(bytes, None) of a member, or (None, reject)."""
+    at = f"{where}:{member.name}"
     if extension not in (*EXTENSIONS, CAPTION, NOTE):
         kind, reason = why_not_read(member.name)
-        return None, unusable(where, reason, kind)
+        return None, unusable(at, reason, kind)
     if member.size > MOST_BYTES and extension in EXTENSIONS:
-        return None, unusable(where, f"has {member.size} bytes; the limit is {MOST_BYTES}")
-    size = -1 if extension in EXTENSIONS else MOST_CAPTION_BYTES
-    return tar.extractfile(member).read(size), None  # type: ignore[union-attr]
+        return None, unusable(at, f"has {member.size} bytes; the limit is {MOST_BYTES}")
+    most = MOST_BYTES if extension in EXTENSIONS else MOST_CAPTION_BYTES
+    return tar.content(member, most), None

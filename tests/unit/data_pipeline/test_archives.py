@@ -368,13 +368,13 @@ def test_no_pair_of_a_corrupt_archive_is_lost_silently(tmp_path: Path, form: int
         if turn % 10 == 0:
             del data[rng.integers(len(data)) :]
         if turn % 2:
-            _seal(data)
+            seal(data)
         (tmp_path / "a.tar").write_bytes(data)
         pairs, rejects = _read(tmp_path / "a.tar")
         assert len(pairs) == 4 or rejects, turn
 
 
-def _seal(data: bytearray) -> None:
+def seal(data: bytearray) -> None:
     """Gives headers valid checksums, so that a reader trusts them."""
     for at in range(0, len(data) - 511, 512):
         if data[at + 257 : at + 262] == b"ustar":
