@@ -12,7 +12,7 @@ def key_int(*parts: KeyPart) -> int:
 
     Units: 63 bits, so that it fits torch's and numpy's signed seeds.
     """
-    text = "/".join(f"{type(part).__name__[0]}:{part}" for part in parts)
+    text = "/".join([f"{type(part).__name__[0]}:{part}" for part in parts])
     digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

@@ -120,32 +120,27 @@ class CatalogueWriter:
 
     def __init__(self, unit: int) -> None:
         self._unit = unit
-        self._columns: dict[str, list[Any]] = {name: [] for name in SCHEMA.names}
+        self._columns: list[list[Any]] = [[] for _ in SCHEMA.names]
         self.rows = 0
 
     def add(self, row: Row) -> None:
         """Append a row; its `place` is the number of rows before it."""
         key, caption = printable(row.key), row.captions[0] if row.captions else None
-        values = {
-            **vars(row),
-            "key": key,
-            "id": key_int(key),
-            "unit": self._unit,
-            "place": self.rows,
-            "bytes": row.size,
-            "source": printable(row.source),
-            "captions": row.captions,
-            "words": None if caption is None else len(caption.split()),
-            "language": None if caption is None else guess_language(caption),
-            "reason": None if row.reason is None else printable(row.reason),
-        }
-        for name, column in self._columns.items():
-            column.append(values[name])
+        values = (
+            *(key, key_int(key), self._unit, self.rows, printable(row.source)),
+            *(row.width, row.height, row.size, row.format, row.captions),
+            None if caption is None else len(caption.split()),
+            None if caption is None else guess_language(caption),
+            *(row.image_digest, row.pair_digest, row.perceptual_hash, row.split, row.reject),
+            None if row.reason is None else printable(row.reason),
+        )
+        for column, value in zip(self._columns, values, strict=True):
+            column.append(value)
         self.rows += 1
 
     def finish(self) -> bytes:
         """The unit's parquet file."""
-        return to_parquet(pa.table(self._columns, SCHEMA))
+        return to_parquet(pa.table(dict(zip(SCHEMA.names, self._columns, strict=True)), SCHEMA))
 
 
 def to_parquet(table: pa.Table) -> bytes:

@@ -11,8 +11,10 @@ their inputs and puts them if absent, so that two workers may make one task. One
 (finish.py).
 """
 
+import gc
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -32,6 +34,16 @@ _REFUSED = 8
 """Tasks of other workers that are tried before the next look at what is done."""
 _LISTING = 0.05
 """Maximum fraction of the time that is spent on listing what is done."""
+
+
+@contextmanager
+def _modules_uncollected() -> Iterator[None]:
+    """The garbage collector does not look at what there is already: it costs 2% of packing."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -118,10 +130,11 @@ class Job(Generic[AnyTask]):
         """
         made = 0
         again = again and self._member.number == 0
-        while again or not all(finisher.finished() for finisher in finishers):
-            made += self._make_open(work)
-            whole = all(finisher.finish(again) for finisher in finishers)
-            again = again and not whole
+        with _modules_uncollected():
+            while again or not all(finisher.finished() for finisher in finishers):
+                made += self._make_open(work)
+                whole = all(finisher.finish(again) for finisher in finishers)
+                again = again and not whole
         for finisher in finishers:
             finisher.sweep()
         return made

@@ -35,11 +35,14 @@ _STARTS = [start for start, _ in _SCRIPTS]
 
 def is_english(caption: str) -> bool:
     """Heuristic: letters are a-z, and a long caption has one of the commonest English words."""
+    words = _WORD.findall(caption)
+    if len(words) >= _LONG and _COMMON.isdisjoint(words):
+        return False
+    if words and caption.isascii():
+        return True
     letters = [c for c in caption if c.isalpha()]
     latin = sum(c.isascii() for c in letters)
-    words = _WORD.findall(caption)
-    grammar = len(words) < _LONG or not _COMMON.isdisjoint(words)
-    return bool(letters) and latin >= _LATIN * len(letters) and grammar
+    return bool(letters) and latin >= _LATIN * len(letters)
 
 
 def guess_language(caption: str) -> str:
