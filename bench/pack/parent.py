@@ -1,8 +1,8 @@
 """What a pack job costs beside its work: decoding, perceptual hashes and digests of photographs.
 
 CPU a pair       of one worker from folder to folder, over the same work on pairs in memory
-workers          pairs/s of two workers over one, in a folder and, beside it, in SeaweedFS; what
-                 the machine gives: two processes of the work alone over one
+workers          pairs/s of two workers over one, a core each, in a folder and, beside it, in
+                 SeaweedFS; what the machine gives: two processes of the work alone over one
 memory           highest resident set of a worker, and its last third over its second
 webdataset       CPU a pair of the webdataset library, which copies pictures without a look
 
@@ -148,7 +148,10 @@ def _pack(
 
 
 def _together(jobs: list[list[str]], environment: dict[str, str] | None = None) -> list[Result]:
-    """Start processes, let them work at the same time once all are ready, and read their rows."""
+    """Start processes, let them work at the same time once all are ready, and read their rows.
+
+    Each has a core of its own: else one worker's threads use two.
+    """
     children = [
         subprocess.Popen(
             module_command("bench.pack.child", *job),
@@ -160,8 +163,10 @@ def _together(jobs: list[list[str]], environment: dict[str, str] | None = None) 
         for job in jobs
     ]
     pipes = [(child.stdin, child.stdout) for child in children]
-    for _, output in pipes:
+    cores = sorted(os.sched_getaffinity(0))
+    for i, (child, (_, output)) in enumerate(zip(children, pipes, strict=True)):
         assert output is not None and output.readline() == "ready\n"
+        os.sched_setaffinity(child.pid, {cores[i % len(cores)]})  # threads of its work inherit it
     for given, _ in pipes:
         assert given is not None
         given.write("\n")
