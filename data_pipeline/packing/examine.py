@@ -50,7 +50,8 @@ def examined(items: Iterable[Placed], config: PackConfig) -> Iterator[Examined]:
             for size, batch in _batches(items):
                 waiting.append((size, pool.submit(_examine_batch, batch, config)))
                 held += size
-                while len(waiting) > _WAITING * config.threads or (held > _HELD and len(waiting) > 1):
+                most = _WAITING * config.threads
+                while len(waiting) > most or (held > _HELD and len(waiting) > 1):
                     size, future = waiting.popleft()
                     held -= size
                     yield from future.result()
