@@ -4,21 +4,28 @@ from typing import Any
 
 _OVERFIT = 0.15
 """Share of the held-out loss by which the training loss is lower, from which it is told."""
+_LEARNED = 0.03
+"""The same, below which captions that change nothing may only need more steps."""
 
 
 def findings_of(figures: dict[str, Any]) -> tuple[str, list[str]]:
-    """("yes", "partly" or "no", findings): were the pairs enough?
+    """("yes", "partly", "no" or "unknown", findings): were the pairs enough?
 
     yes: held-out pictures fit their own captions better than others, beyond chance, and drawn
-    pictures are no copies. partly: they do, and many drawn pictures are copies.
+    pictures are no copies. partly: they do, and many drawn pictures are copies. unknown: they do
+    not, and training pictures have no lower loss either, so that training ended too early to tell.
     """
     follows = figures["caption_gain"] is not None and figures["caption_gain_low95"] > 0
     copies = [name for name in ("validation", "train") if _is_copying(figures, name)]
-    enough = ("partly" if copies else "yes") if follows else "no"
+    lower = 1 - figures["train_loss"] / figures["loss"]
+    early = figures["caption_gain"] is not None and lower < _LEARNED
+    enough = ("partly" if copies else "yes") if follows else "unknown" if early else "no"
     answers = {
         "yes": "The pairs were enough: new captions change the pictures, and they are no copies.",
         "partly": "The pairs were enough to follow captions, but not to draw much that is new.",
         "no": "The pairs were not enough: what new captions say does not change the pictures.",
+        "unknown": "Training ended too early to tell: captions do not change the pictures yet, and "
+        "pictures that were trained on have no lower loss than new ones. Give more minutes.",
     }
     texts = [answers[enough], _caption_text(figures, follows), *_copy_texts(figures)]
     if over := _overfit_text(figures):
@@ -28,7 +35,7 @@ def findings_of(figures: dict[str, Any]) -> tuple[str, list[str]]:
             f"{figures['held_out_twins']} of {figures['held_out']} held-out pictures are also "
             "training pictures: pack with --duplicates or --near to leave out repeated ones."
         )
-    if enough != "yes":
+    if enough in ("partly", "no"):
         texts.append(
             "More pairs help most, then captions that say what differs between the pictures; "
             "more minutes help if the validation loss still falls at the end."
