@@ -41,7 +41,8 @@ def test_a_demo_of_own_pairs_in_miniature(tmp_path: Path) -> None:
     cold_tapir("demo", *flags, cwd=tmp_path)
     summary = json.loads((out / "summary.json").read_text())
     verdict = json.loads((out / "verdict.json").read_text())
-    assert summary["verdict"] == verdict and verdict["enough"] in ("yes", "partly", "no")
+    assert summary["verdict"] == verdict
+    assert verdict["enough"] == "unknown", "16 steps teach captions to nobody"
     plan = json.loads((out / "sizes.json").read_text())
     assert plan["pairs"]["train"] + plan["pairs"]["held_out"] == 200 and plan["stopped"] == []
     assert plan["pairs"]["side"] == 48 and plan["size"]["pixels"] == 32
