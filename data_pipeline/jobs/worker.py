@@ -38,7 +38,7 @@ _LISTING = 0.05
 
 @contextmanager
 def _modules_uncollected() -> Iterator[None]:
-    """The garbage collector does not look at what there is already: it costs 2% of packing."""
+    """The garbage collector leaves out what there is already: it took 3% of packing (perf)."""
     gc.freeze()
     try:
         yield

@@ -17,15 +17,14 @@ def findings_of(figures: dict[str, Any]) -> tuple[str, list[str]]:
     """
     follows = figures["caption_gain"] is not None and figures["caption_gain_low95"] > 0
     copies = [name for name in ("validation", "train") if _is_copying(figures, name)]
-    lower = 1 - figures["train_loss"] / figures["loss"]
-    early = figures["caption_gain"] is not None and lower < _LEARNED
+    early = figures["caption_gain"] is not None and _overfit(figures) < _LEARNED
     enough = ("partly" if copies else "yes") if follows else "unknown" if early else "no"
     answers = {
         "yes": "The pairs were enough: new captions change the pictures, and they are no copies.",
         "partly": "The pairs were enough to follow captions, but not to draw much that is new.",
         "no": "The pairs were not enough: what new captions say does not change the pictures.",
         "unknown": "Training ended too early to tell: captions do not change the pictures yet, and "
-        "pictures that were trained on have no lower loss than new ones. Give more minutes.",
+        "pictures that were trained on have hardly a lower loss than new ones. Give more minutes.",
     }
     texts = [answers[enough], _caption_text(figures, follows), *_copy_texts(figures)]
     if over := _overfit_text(figures):
@@ -71,8 +70,13 @@ def _is_copying(figures: dict[str, Any], split: str) -> bool:
     return bool(figures[f"copies_{split}_low95"] > 0.05)
 
 
+def _overfit(figures: dict[str, Any]) -> float:
+    """Share of the held-out loss by which the training loss is lower."""
+    return float(1 - figures["train_loss"] / figures["loss"])
+
+
 def _overfit_text(figures: dict[str, Any]) -> str:
-    lower = 1 - figures["train_loss"] / figures["loss"]
+    lower = _overfit(figures)
     if lower < _OVERFIT:
         return ""
     return (
