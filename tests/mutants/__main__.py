@@ -9,18 +9,17 @@ import os
 import random
 import signal
 import sys
-import time
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"  # before torch: a worker a core
 
 from tests.mutants.child import try_sources
+from tests.mutants.loop import killer_of, try_all
 from tests.mutants.made import make_data
-from tests.mutants.mutate import Mutant, apply, mutants_of
+from tests.mutants.mutate import Mutant, mutants_of
 from tests.mutants.patch import patched
-from tests.mutants.pool import Work, preload, run_forks
+from tests.mutants.pool import preload, run_forks
 from tests.mutants.report import tell, unlisted
 from tests.mutants.select import Selection, selection
 from tests.mutants.targets import PACKAGES, ROOT, targets
@@ -66,47 +65,12 @@ def all_mutants() -> list[Mutant]:
 
 
 def _try(mutants: list[Mutant], chosen: Selection, verdicts: Verdicts, width: int) -> int:
-    began, open_ = time.monotonic(), []
-    for mutant in mutants:
-        if verdicts.get(mutant, chosen.of(mutant)) is None:
-            open_.append(mutant)
+    open_ = [m for m in mutants if verdicts.get(m, chosen.of(m)) is None]
     open_.sort(key=lambda mutant: not verdicts.lived(mutant))  # survivors may have new tests
     print(f"{len(mutants)} mutants, {len(open_)} to try", flush=True)
-    forks = run_forks(_jobs(open_, chosen), width)
-    again = []
-    for done, (mutant, folder, status) in enumerate(forks, 1):
-        killer = _killer(folder, status)
-        if killer and "::" not in killer:
-            again.append(mutant)
-        else:
-            verdicts.add(mutant, chosen.of(mutant), killer)
-        if done % 50 == 0:
-            print(f"{done} of {len(open_)}, {time.monotonic() - began:.0f} s", flush=True)
-    for mutant, folder, status in run_forks(_jobs(again, chosen, patience=3.0), 1):
-        verdicts.add(mutant, chosen.of(mutant), _killer(folder, status))
+    if open_:
+        try_all(open_, chosen, verdicts, width)
     return _report(mutants, chosen, verdicts)
-
-
-def _jobs(
-    mutants: list[Mutant], chosen: Selection, patience: float = 1.0
-) -> Iterator[tuple[Mutant, Work, float]]:
-    for mutant in mutants:
-        tests = chosen.of(mutant)
-        changed = {mutant.path: apply((ROOT / mutant.path).read_bytes(), mutant)}
-        how = {"seconds": chosen.seconds, "patience": patience}
-        work = partial(try_sources, changed, tests, **how) if tests else _nothing
-        yield mutant, work, patience * (60 + 3 * sum(chosen.seconds[test] for test in tests))
-
-
-def _nothing(folder: Path) -> None:
-    (folder / "failed").write_text("")
-
-
-def _killer(folder: Path, status: int | None) -> str:
-    if status is None or (os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGXCPU):
-        return "time"
-    file = folder / "failed"
-    return file.read_text() if file.exists() else f"ended with status {status}"
 
 
 def _report(mutants: list[Mutant], chosen: Selection, verdicts: Verdicts) -> int:
@@ -130,7 +94,7 @@ def _try_patch(patch: Path, chosen: Selection) -> int:
     sources = {c.path: c.source for c in changed}
     work = partial(try_sources, sources, tests, seconds=chosen.seconds)
     for _, folder, status in run_forks(iter([(patch, work, seconds)]), 1):
-        killer = _killer(folder, status)
+        killer = killer_of(folder, status)
         print(f"{patch}: " + (f"caught by {killer}" if killer else f"survived {len(tests)} tests"))
         return 0 if killer else 1
     return 1

@@ -25,7 +25,7 @@ LONGEST = 3.0
 """Seconds of a core; tests that take longer are not run on mutants."""
 _NOT_RUN = (pytest.ExitCode.USAGE_ERROR, pytest.ExitCode.NO_TESTS_COLLECTED)
 """No test failed: a mutant that changes the names of tests is not caught by that."""
-_QUIET = ["-q", "--tb=line", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:logging"]
+QUIET = ["-q", "--tb=line", "-o", "addopts=", "-p", "no:cacheprovider", "-p", "no:logging"]
 
 
 class _Loader(importlib.machinery.SourceFileLoader):
@@ -42,7 +42,7 @@ class Finder:
     """Import finder for changed sources; other modules are imported normally."""
 
     def __init__(self, sources: dict[str, bytes]) -> None:
-        self._sources = {_module_of(path): (path, text) for path, text in sources.items()}
+        self._sources = {module_of(path): (path, text) for path, text in sources.items()}
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
@@ -56,11 +56,12 @@ class Finder:
         )
 
 
-def _module_of(path: str) -> str:
+def module_of(path: str) -> str:
+    """The module of a file, named from the root."""
     return path.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
 
 
-class _Verdict:
+class Verdict:
     """Records the first failed test, and kills this process if a test does not end."""
 
     def __init__(self, seconds: Mapping[str, float], patience: float) -> None:
@@ -99,11 +100,10 @@ def try_sources(
     `seconds` are the tests' usual times; a test that computes for 5 s and five times as long
     counts as endless, `patience` times as long if it is tried again.
     """
-    _begin(out)
-    _may_compute(60 * patience)
+    limit(out, patience)
     sys.meta_path.insert(0, Finder(sources))  # type: ignore[arg-type]
-    verdict = _Verdict(seconds, patience)
-    code = pytest.main([*tests, "-x", *_QUIET, f"--basetemp={out}/tmp"], plugins=[verdict])
+    verdict = Verdict(seconds, patience)
+    code = pytest.main([*tests, "-x", *QUIET, f"--basetemp={out}/tmp"], plugins=[verdict])
     unknown = code not in (pytest.ExitCode.OK, *_NOT_RUN)
     failed = verdict.failed or (f"pytest ended with {int(code)}" if unknown else "")
     (out / "failed").write_text(failed)
@@ -113,7 +113,7 @@ def measure(files: Sequence[str], out: Path) -> None:
     """Run the tests of some files and write which lines of the project each of them runs."""
     _begin(out)
     watcher = _Watcher()
-    pytest.main([*files, *_QUIET, f"--basetemp={out}/tmp"], plugins=[watcher])
+    pytest.main([*files, *QUIET, f"--basetemp={out}/tmp"], plugins=[watcher])
     watcher.coverage.stop()
     record: dict[str, Any] = {"tests": watcher.passed, "lines": watcher.lines()}
     record["modules"] = sorted(set(sys.modules))
@@ -208,6 +208,12 @@ def forget() -> None:
             for value in list(vars(module).values()):
                 if isinstance(value, functools._lru_cache_wrapper):
                     value.cache_clear()
+
+
+def limit(out: Path, patience: float) -> None:
+    """Make this process a fork that tries a mutant: limited, and silent but for a log."""
+    _begin(out)
+    _may_compute(60 * patience)
 
 
 def _begin(out: Path) -> None:
