@@ -94,7 +94,7 @@ class Warm:
 
         sys.setprofile(note)
         try:
-            pytest.main([*files, *QUIET, "-s"], plugins=[plugin])
+            pytest.main([*files, *QUIET, "-s", "--disable-warnings"], plugins=[plugin])
         finally:
             sys.setprofile(None)
         if plugin.broken:

@@ -3,6 +3,7 @@
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,6 +18,7 @@ from tests.mutants.patch import patched
 from tests.mutants.pool import run_forks
 from tests.mutants.targets import ROOT
 from tests.mutants.verdicts import Verdicts
+from tests.mutants.warm import patch_of
 
 SOURCE = b'''"""Two % of this is no code."""
 WIDTH: int = 3
@@ -51,6 +53,44 @@ def test_only_the_named_functions_of_a_file_are_changed() -> None:
     assert (only.line, only.lines, only.label) == (5, (5, 5), "return 3  ->  return 4")
     several = mutants_of("x.py", b"f(\n    a=b,\n    c=d,\n)\n", frozenset())
     assert [m.label for m in several] == ["a=b, c=d,  ->  c=d,", "a=b, c=d,  ->  a=b,"]
+
+
+WHOLE = b"""
+A = 1
+def f(x, y=2):
+    def inner(z):
+        return z + 3
+    return inner(x) * y
+class C:
+    b = 4
+    def g(self):
+        return [each - 5 for each in range(6)]
+"""
+
+
+def test_a_change_inside_of_functions_needs_no_new_import() -> None:
+    def changed(old: bytes, new: bytes) -> set[str] | None:
+        assert WHOLE.count(old) == 1
+        patch = patch_of("x.py", WHOLE, WHOLE.replace(old, new))
+        return None if patch is None else {name for _, name, _ in patch.codes}
+
+    assert changed(b"z + 3", b"z + 30") == {"f", "f.<locals>.inner"}
+    assert changed(b"(x) * y", b"(x) / y") == {"f"}
+    assert changed(b"each - 5", b"each - 50") == {"C.g", "C.g.<locals>.<listcomp>"}
+    assert "C.g" in (changed(b"(6)", b"(60)") or ())
+    assert changed(b"A = 1", b"A = 10") is changed(b"y=2", b"y=20") is changed(b"4", b"40") is None
+    assert changed(b"z + 3", b"y + 3") is None  # another closure
+
+
+def test_changed_code_is_that_of_a_new_import() -> None:
+    names: dict[str, Any] = {}
+    exec(compile(WHOLE, "x.py", "exec"), names)
+    patch = patch_of("x.py", WHOLE, WHOLE.replace(b"z + 3", b"z + 30").replace(b"- 5", b"- 50"))
+    assert patch is not None and names["f"](1) == 8
+    for (_, name, _), code in patch.codes.items():
+        if name in ("f", "C.g"):
+            (names["f"] if name == "f" else names["C"].g).__code__ = code
+    assert names["f"](1) == 62 and names["C"]().g() == [-50, -49, -48, -47, -46, -45]
 
 
 def test_there_are_at_least_two_thousand_and_all_of_them_compile() -> None:
