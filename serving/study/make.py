@@ -39,9 +39,22 @@ def make_study(a: str, b: str, out: Path, config: StudyConfig) -> Study:
         same = sum(map(np.array_equal, *pictures.values()))
         if same:
             LOG.warning("%d of %d captions have the same picture in both sets", same, len(captions))
+        _warn_of_sizes(pictures)
         study = _study(a, b, captions, config)
         _write(folder, study, pictures)
     return study
+
+
+def _warn_of_sizes(pictures: Mapping[Set, list[Rgb]]) -> None:
+    """Warn if the sets can be told apart by the sizes of their pictures."""
+    differ = [(a, b) for a, b in zip(*pictures.values(), strict=True) if a.shape != b.shape]
+    if differ:
+        (height, width, _), (other_height, other_width, _) = (each.shape for each in differ[0])
+        LOG.warning(
+            "%d of %d captions have pictures of two sizes (the first: %d x %d in A, %d x %d in B): "
+            "raters may tell the sets apart by that; resize one set",
+            len(differ), len(pictures["a"]), width, height, other_width, other_height,
+        )  # fmt: skip
 
 
 def chosen_captions(

@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from core.errors import ConfigError, CorruptError, InputError
+from data_pipeline.images.crops import encode_png
 from generation.config import SampleConfig
 from generation.text_to_image import open_studio
 from serving.study.config import StudyConfig, StudyServer
@@ -151,3 +152,18 @@ def test_the_command_says_what_is_wrong(tmp_path: Path) -> None:
     assert "tapir study results DIR" in tapir("study", "--help")
     assert "holds no study" in tapir("study", "serve", str(tmp_path), code=2)
     assert "give --raters N" in tapir("study", "links", str(tmp_path), code=2)
+
+
+def test_pictures_of_two_sizes_get_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    captions = captions_of(3)
+    a, b = (write_set(tmp_path / n, captions, c) for n, c in (("a", RED), ("b", BLUE)))
+    make_study(str(a), str(b), tmp_path / "equal", StudyConfig(catch_every=0))
+    assert "sizes" not in caplog.text
+    (b / "001.png").write_bytes(encode_png(np.zeros((20, 16, 3), np.uint8)))
+    make_study(str(a), str(b), tmp_path / "unequal", StudyConfig(catch_every=0))
+    assert (
+        "1 of 3 captions have pictures of two sizes (the first: 12 x 12 in A, 16 x 20 in B)"
+        in caplog.text
+    )
