@@ -15,11 +15,12 @@ from tests.mutants.targets import ROOT, file_digest
 
 TESTS = ("tests/unit", "tests/golden")
 _NEAR = (
-    "adamw", "adapters", "ahead", "attention", "bpe", "cache", "carry_over", "custom_code", "dvae",
-    "dvae_program", "equality", "error_buffers", "feed", "fid", "keyed_noise", "modeling", "models",
-    "modern_priors", "noise", "openai_dvae", "order", "panels_suite", "paper_numbers", "parallel",
-    "perceptual", "powersgd", "quantizers", "registry", "sampling", "scales", "schedules",
-    "second_device", "second_device_pictures", "suite_criteria", "suites",
+    "adamw", "adapters", "ahead", "attention", "bpe", "cache", "carry_over", "custom_code",
+    "dvae", "dvae_program", "equality", "error_buffers", "feed", "fid", "image_tokenizers",
+    "keyed_noise", "modeling", "models", "modern_priors", "noise", "openai_dvae", "order",
+    "panels_suite", "paper_numbers", "parallel", "perceptual", "powersgd", "quantizers",
+    "registry", "running", "sampling", "scales", "schedules", "second_device",
+    "second_device_pictures", "suite_criteria", "suites",
 )  # fmt: skip
 """Tests of what is mutated, beside all `test_pins_*`; others run it too, but slowly."""
 MOST_SECONDS = 8.0
