@@ -239,6 +239,12 @@ class Stages(Neighbours):
     size = 2
 
 
+class ThreeStages(Neighbours):
+    """Three stages, of which this process is all."""
+
+    size = 3
+
+
 def test_lanes_take_turns(layers: nn.ModuleDict) -> None:
     """Of 5 rows, the first 2 are a lane. The second lane's codes come a step late."""
     decoder = Decoder(LocalPrior(layers=layers, config=CONFIG, neighbours=Stages()))
@@ -253,8 +259,17 @@ def test_lanes_take_turns(layers: nn.ModuleDict) -> None:
     seen = [(each.row, each.position) for each in batch.step()]
     assert seen == [(3, 0), (0, 1), (1, 1)]
     assert [(each.row, each.position) for each in batch.step()][:2] == [(3, 1), (2, 0)]
-    for rows, lanes in ((1, 1), (2, 1), (3, 1), (4, 2), (9, 2)):
-        assert len(RunningBatch(decoder, rows)._lanes) == lanes
+    for rows, lanes in ((1, [1]), (2, [2]), (3, [3]), (4, [2, 2]), (9, [4, 5])):
+        assert [each._size for each in RunningBatch(decoder, rows)._lanes] == lanes
+
+
+def test_a_code_is_on_its_way_through_all_stages_but_one(layers: nn.ModuleDict) -> None:
+    decoder = Decoder(LocalPrior(layers=layers, config=CONFIG, neighbours=ThreeStages()))
+    batch, first = RunningBatch(decoder, 6), candidates(CONFIG)[0]
+    assert [batch.join(first) for _ in range(3)] == [0, 2, 4]
+    assert [(each.row, each.position) for each in batch.step()] == [(0, 0)]
+    seen = [(each.row, each.position) for each in batch.step()]
+    assert seen == [(2, 0), (4, 0), (0, 1)]
 
 
 def test_a_candidate_that_cannot_be_drawn_is_refused(decoder: Decoder) -> None:
@@ -262,7 +277,7 @@ def test_a_candidate_that_cannot_be_drawn_is_refused(decoder: Decoder) -> None:
     codes, some = torch.arange(16), torch.arange(16) < 3
     wrong: dict[str, dict[str, Any]] = {
         "6 tokens, padded with -1": {"text": good.text[:5]},
-        "tokens must be -1 to 29": {"text": good.text + 30},
+        "tokens must be -1 to 29": {"text": good.text * 0 + 30},
         "temperature=-1": {"settings": DrawSettings(temperature=-1.0)},
         "16 codes, and say": {"prompt": Prompt(codes=codes[:9], kept=some)},
         "nothing would be drawn": {"prompt": Prompt(codes=codes, kept=some | True)},
