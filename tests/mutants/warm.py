@@ -46,7 +46,7 @@ def patch_of(path: str, before: bytes, after: bytes) -> Patch | None:
     return Patch(path=path, source=after, codes=codes)
 
 
-def _differences(old: CodeType, new: CodeType, found: dict[_Key, CodeType], inside: bool) -> bool:
+def _differences(old: CodeType, new: CodeType, changed: dict[_Key, CodeType], inside: bool) -> bool:
     """Collect what differs below two codes; False if a change is not inside of a function."""
     inner = [[each for each in code.co_consts if isinstance(each, CodeType)] for code in (old, new)]
     if len(inner[0]) != len(inner[1]) or (not inside and _own(old) != _own(new)):
@@ -56,10 +56,10 @@ def _differences(old: CodeType, new: CodeType, found: dict[_Key, CodeType], insi
         if one == other:
             continue
         if function:
-            if one.co_freevars != other.co_freevars or _key(one) in found:
+            if one.co_freevars != other.co_freevars or _key(one) in changed:
                 return False
-            found[_key(one)] = other
-        if not _differences(one, other, found, function):
+            changed[_key(one)] = other
+        if not _differences(one, other, changed, function):
             return False
     return True
 

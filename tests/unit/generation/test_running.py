@@ -263,7 +263,7 @@ def test_lanes_take_turns(layers: nn.ModuleDict) -> None:
         assert [each._size for each in RunningBatch(decoder, rows)._lanes] == lanes
 
 
-def test_a_code_is_on_its_way_through_all_stages_but_one(layers: nn.ModuleDict) -> None:
+def test_with_three_lanes_two_codes_come_a_step_late(layers: nn.ModuleDict) -> None:
     decoder = Decoder(LocalPrior(layers=layers, config=CONFIG, neighbours=ThreeStages()))
     batch, first = RunningBatch(decoder, 6), candidates(CONFIG)[0]
     assert [batch.join(first) for _ in range(3)] == [0, 2, 4]
