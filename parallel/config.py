@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-EngineName = Literal["reference", "deepspeed_zero", "deepspeed_pipe"]
+EngineName = Literal["reference", "deepspeed_zero", "deepspeed_pipe", "torch"]
 LEAST_GAIN = 1.25
 """Least speed-up for which `auto` chooses the less exact mode: 16 bits cost accuracy."""
 
