@@ -147,7 +147,7 @@ class Compressor:
         group: Group,
         parts: Group,
         device: torch.device,
-        bucket_of: Callable[[str], str],
+        bucket_of: Callable[[str], str] = lambda _: "",
     ) -> None:
         """`rank` is the total rank, over the shards of a matrix."""
         self._matrices, self._group, self._parts = dict(matrices), group, parts

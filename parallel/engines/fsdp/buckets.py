@@ -155,7 +155,7 @@ class Buckets:
 
     def _average_vectors(self, gradients: list[Tensor]) -> Callable[[], None]:
         """Begin to average gradients over all replicas; returns what waits for it."""
-        if not gradients:
+        if not gradients or self.mesh.data.size == 1:
             return lambda: None
         flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
         work = dist.all_reduce(flat, group=self.mesh.data.handle, async_op=True)

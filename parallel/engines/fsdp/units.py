@@ -8,8 +8,9 @@ and draws only its own rows.
 All that is used of FSDP2's private parts is here.
 """
 
+import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
@@ -25,6 +26,10 @@ from parallel.config import EngineConfig
 from parallel.engines.protocol import Layer
 from parallel.mesh import Group
 from parallel.placement import Placement, global_names, move, place, placement_of
+
+warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+# a layer's output may be a view, since no loss writes to it
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +191,12 @@ def hook(unit: Unit, reduced: Callable[[Tensor], None]) -> None:
     """Call `reduced` with the unit's flat gradient, summed over the group, in each backward."""
     if unit.parts:
         unit.module.set_all_reduce_hook(reduced)
+
+
+def whole_parameters(units: Iterable[Unit]) -> list[nn.Parameter]:
+    """The parameters that layers see once they have been gathered, whose memory comes and goes."""
+    each_unit = (each for unit in units for each in _fsdp_params(unit.module))
+    return [each._unsharded_param for each in each_unit if hasattr(each, "_unsharded_param")]
 
 
 def _fsdp_params(module: Any) -> list[Any]:

@@ -427,7 +427,7 @@ def test_counters_and_defaults_of_scales() -> None:
     assert least.value == 128.0 and least.since_division == 0
     facts = Scales([], {"a": Scale(value=256.0), "b": Scale(value=2048.0)}).facts()
     assert facts == {"scale_log2_min": 8.0, "scale_log2_max": 11.0} and Scales([], {}).facts() == {}
-    flags = Scales(["a", "b"], {"b": Scale(finite=False)}).broken(CPU)
+    flags = Scales(["a", "b"], {"b": Scale(flags=[torch.tensor(False)])}).broken(CPU)
     assert flags.tolist() == [0.0, 1.0] and flags.dtype == torch.float64, "as what it goes with"
 
 
