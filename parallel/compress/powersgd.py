@@ -123,8 +123,9 @@ class PowerSGD:
     def reduce(self, gradients: Mapping[str, Tensor], finite: bool = True) -> Reduced:
         """Average this rank's gradients over the group.
 
-        `finite`: False if gradients that are reduced elsewhere are not finite. Matrices go as two factors, in one all-reduce for all P and one for all Q; everything else,
-        and the flag of non-finite gradients, in one fp32 all-reduce.
+        Matrices go as two factors, in one all-reduce for all P and one for all Q; everything else,
+        and the flag of non-finite gradients, in one fp32 all-reduce. `finite`: False if gradients
+        that are reduced elsewhere are not finite.
         Shapes: a compressed gradient is (rows, columns); returns the same shapes, fp32.
         """
         finite = finite and _all_finite(gradients.values())

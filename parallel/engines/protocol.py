@@ -153,9 +153,7 @@ def scales_of(program: Program, here: dict[str, Scale], engine: EngineConfig) ->
 class Whole(nn.Module):
     """A program run on one process, layer after layer; returns its losses."""
 
-    def __init__(
-        self, program: Program, engine: EngineConfig, device: torch.device | None
-    ) -> None:
+    def __init__(self, program: Program, engine: EngineConfig, device: torch.device | None) -> None:
         super().__init__()
         self.stage = Stage(program.layers, engine, device)
         self._loss = program.loss

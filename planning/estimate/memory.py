@@ -8,7 +8,7 @@ from models.config import PriorConfig
 from models.prior import BRANCHES
 from parallel.balance import stage_layers
 from parallel.mesh import RankCoordinates
-from planning.estimate.fsdp_layout import (
+from planning.estimate.fsdp.layout import (
     FLOAT,
     real_elements,
     shard_elements,
@@ -189,12 +189,15 @@ def _fsdp(loads: Loads, moment: int) -> Bytes:
     units = units_of(loads.settings, loads.layers)
     trained = sum(shard_elements(h, mesh.local) for h in held if h.trained)
     rank = loads.at.replica % mesh.local
+    own = sum(real_elements(h, mesh.local, rank) for h in held if h.trained)
     gathered = max((unit.width * unit.padded(mesh.local) for unit in units), default=0)
     return {
         "parameters": FLOAT * sum(shard_elements(h, mesh.local) for h in held),
         "gradients": FLOAT * trained,
-        "optimizer": 2 * moment * sum(real_elements(h, mesh.local, rank) for h in held if h.trained),
-        "buckets": FLOAT * max((unit.padded(mesh.local, trained=True) for unit in units), default=0),
+        "optimizer": 2
+        * moment
+        * sum(real_elements(h, mesh.local, rank) for h in held if h.trained),
+        "buckets": FLOAT * max((u.padded(mesh.local, trained=True) for u in units), default=0),
         "temporary": 4 * gathered,  # of two units the weights, a message, and one's gradient
     }
 

@@ -9,7 +9,7 @@ from parallel.ledger import Counts
 from parallel.mesh import RankCoordinates
 from planning.decode import Decoding
 from planning.estimate.collectives import all_reduce, gather, group_span, hand_on
-from planning.estimate.fsdp_layout import uses_fsdp
+from planning.estimate.fsdp.layout import uses_fsdp
 from planning.estimate.hardware import Hardware
 from planning.estimate.kernels import seconds
 from planning.estimate.layer_work import backward_work, compression_work, forward_work, update_work

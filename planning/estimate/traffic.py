@@ -12,7 +12,7 @@ from parallel.config import MeshConfig
 from parallel.control import FIELDS
 from parallel.ledger import Counts
 from parallel.mesh import RankCoordinates, rank_at
-from planning.estimate.fsdp_layout import (
+from planning.estimate.fsdp.layout import (
     real_elements,
     shard_elements,
     units_of,

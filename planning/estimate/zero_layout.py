@@ -10,7 +10,7 @@ from models.prior import COMPRESSED
 from parallel.compress.advisor import PAPER_SHARE
 from parallel.compress.powersgd import shard_rank
 from parallel.mesh import RankCoordinates
-from planning.estimate.fsdp_layout import shard_elements, uses_fsdp
+from planning.estimate.fsdp.layout import shard_elements, uses_fsdp
 from planning.estimate.layers import Held
 from training.config import PriorTrain
 

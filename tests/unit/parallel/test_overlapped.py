@@ -45,9 +45,7 @@ def _built(kind: Any, warm: bool, feedback: bool) -> Any:
     ("warm", "feedback", "broken"),
     [(False, True, False), (True, True, False), (False, False, False), (True, True, True)],
 )
-def test_buckets_equal_one_piece(
-    warm: bool, feedback: bool, broken: bool, tmp_path: Path
-) -> None:
+def test_buckets_equal_one_piece(warm: bool, feedback: bool, broken: bool, tmp_path: Path) -> None:
     def rank(number: int) -> list[float]:
         whole = _built(PowerSGD, warm, feedback)
         parts = _built(OverlappedPowerSGD, warm, feedback)

@@ -68,9 +68,7 @@ def run(payload: str) -> None:
     rows = []
     for step[0] in range(case.steps):
         here = value and step[0] == body["at"] and world.rank == world.size - 1
-        q.forward = (
-            (lambda x: F.linear(x, _Poison.apply(q.weight, value), q.bias)) if here else own
-        )
+        q.forward = (lambda x: F.linear(x, _Poison.apply(q.weight, value), q.bias)) if here else own
         rows.append(_step(case, engine, mesh, step[0]))
     parts = {f"{p.name} {p.kind} {p.start}": p.data.clone() for p in engine.error_slices()}
     save_file(parts, out / f"errors-{world.rank}.safetensors")

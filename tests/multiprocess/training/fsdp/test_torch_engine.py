@@ -1,4 +1,4 @@
-"""Engine torch against one process and the other engines, in every precision, also when it skips."""
+"""Engine torch against one process and other engines, in every precision, also when it skips."""
 
 import math
 from dataclasses import replace
@@ -10,7 +10,7 @@ import pytest
 from bench.parity import BOUND, CASES, ONE, STEPS, Case, difference, train
 from parallel.config import CompressConfig, EngineConfig, MeshConfig
 from tests.multiprocess.training.by_hand import train_by_hand
-from tests.multiprocess.training.poisoned import Report, train_poisoned
+from tests.multiprocess.training.fsdp.poisoned import Report, train_poisoned
 
 MESHES = ["DP2 torch", "DP4 torch", "TP2xDP2 torch", "2 nodes of 2 torch"]
 RANK = CompressConfig(rank=8)
@@ -108,7 +108,9 @@ def _pair(folder: Path, precision: str = "fp32", **plant: float) -> tuple[Report
 
 def _equal_buffers(one: Report, other: Report, bound: float) -> None:
     """Rows, and the error buffers of every rank."""
-    rows = [[row for row in report[0] if math.isfinite(row["grad_norm"])] for report in (one, other)]
+    rows = [
+        [row for row in report[0] if math.isfinite(row["grad_norm"])] for report in (one, other)
+    ]
     assert difference(*rows) < bound
     assert [row["skipped"] for row in one[0]] == [row["skipped"] for row in other[0]]
     assert one[1].keys() == other[1].keys() and len(one[1]) == 4 * 30

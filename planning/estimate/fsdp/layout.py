@@ -86,9 +86,7 @@ def units_of(settings: PriorTrain, layers: Sequence[RankLayer]) -> list[PlannedU
         elif mine:
             half = part.name.startswith("block") and _in_16_bits(settings)
             width = HALF if half else FLOAT
-            unit = PlannedUnit(
-                name=part.name, matrices=mine, width=width, goes_back=i >= first - 1
-            )
+            unit = PlannedUnit(name=part.name, matrices=mine, width=width, goes_back=i >= first - 1)
             units.append(unit)
     if root:
         units.append(PlannedUnit(name="", matrices=root, width=FLOAT, goes_back=True))
