@@ -65,7 +65,8 @@ class OverlappedPowerSGD(PowerSGD):
         """
         flights = getattr(self, "_flights", [])
         self._advance(flights)
-        squares, flags, sent = {}, [torch.ones((), dtype=torch.bool, device=self._device)], 0
+        squares: dict[str, Tensor] = {}
+        flags, sent = [torch.ones((), dtype=torch.bool, device=self._device)], 0
         for flight in flights:
             self._arrive(flight, [stack.q_mean for stack in flight.stacks])
             flags += flight.finite

@@ -122,8 +122,8 @@ class Stage(nn.Module):
         """The gradient scale of each residual branch; empty unless in fp16."""
         if engine.precision == "fp16":
             for layer in layers:
-                module: Any = self.layers[layer.name]
-                marks = module.branches() if layer.branches else {}
+                whole: Any = self.layers[layer.name]
+                marks = whole.branches() if layer.branches else {}
                 for key in layer.branches:
                     branch, parameters = marks[key]
                     self.scales[f"{layer.name}.{key}"] = Scale()

@@ -194,9 +194,7 @@ def _fsdp(loads: Loads, moment: int) -> Bytes:
     return {
         "parameters": FLOAT * sum(shard_elements(h, mesh.local) for h in held),
         "gradients": FLOAT * trained,
-        "optimizer": 2
-        * moment
-        * sum(real_elements(h, mesh.local, rank) for h in held if h.trained),
+        "optimizer": 2 * moment * own,
         "buckets": FLOAT * max((u.padded(mesh.local, trained=True) for u in units), default=0),
         "temporary": 4 * gathered,  # of two units the weights, a message, and one's gradient
     }

@@ -259,7 +259,7 @@ def _scales_by_parameter(
 ) -> dict[str, Scale]:
     """Parameter -> the gradient scale of its branch, in fp16: FSDP2 runs no hooks of parameters."""
     name_of = {id(parameter): name for name, parameter in names.items()}
-    table = {}
+    table: dict[str, Scale] = {}
     for layer in program.layers:
         module: Any = stage.layers[layer.name]
         for key, (_, parameters) in (module.branches() if layer.branches else {}).items():

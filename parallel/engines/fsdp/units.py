@@ -111,6 +111,7 @@ class Sharder:
     ) -> None:
         self._layers = {layer.name: layer for layer in layers}
         self._group, self._device, self._engine = group, device, engine
+        assert group.handle is not None, "a world of one rank has no engine of several"
         self._mesh = DeviceMesh.from_group(group.handle, device.type)
 
     def shard(self, layers: Mapping[str, nn.Module], whole: nn.Module) -> list[Unit]:
@@ -219,7 +220,10 @@ class _Gather(_Allocates):
         group: "dist.ProcessGroup",
         async_op: bool = False,
     ) -> "dist.Work | None":
-        return dist.all_gather_into_tensor(output_tensor, input_tensor, group, async_op)
+        work: dist.Work | None = dist.all_gather_into_tensor(
+            output_tensor, input_tensor, group, async_op
+        )
+        return work
 
 
 class _Sum(_Allocates):
@@ -238,4 +242,7 @@ class _Sum(_Allocates):
     ) -> "dist.Work | None":
         if self._rounds:
             input_tensor.copy_(input_tensor.half())
-        return dist.reduce_scatter_tensor(output_tensor, input_tensor, group=group)
+        work: dist.Work | None = dist.reduce_scatter_tensor(
+            output_tensor, input_tensor, group=group
+        )
+        return work
