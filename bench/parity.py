@@ -82,6 +82,16 @@ def _zero(stage: int, tensor: int = 1, data: int = 2, nodes: int = 1) -> Case:
     )
 
 
+def _torch(tensor: int = 1, data: int = 2, nodes: int = 1) -> Case:
+    name = f"TP{tensor}xDP{data}" if tensor > 1 else f"DP{data}"
+    layout = f"{nodes} nodes of {data // nodes}"
+    return Case(
+        name=f"{layout if nodes > 1 else name} torch",
+        mesh=MeshConfig(tensor=tensor, data=data, nodes=nodes),
+        engine=EngineConfig(name="torch", gradient_accumulation_steps=2),
+    )
+
+
 ONE = Case(name="one process")
 CASES = [
     Case(name="DP2 reference", mesh=MeshConfig(data=2)),
@@ -95,6 +105,10 @@ CASES = [
     *(_zero(stage) for stage in (1, 2, 3)),
     *(_zero(stage, tensor=2) for stage in (1, 2, 3)),
     _zero(3, data=4, nodes=2),
+    _torch(data=2),
+    _torch(data=4),
+    _torch(tensor=2, data=2),
+    _torch(data=4, nodes=2),
 ]
 """TP4 has padded heads: 6 heads become 8."""
 

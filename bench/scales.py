@@ -122,7 +122,8 @@ def _pass(
 ) -> tuple[dict[str, bool], float, int]:
     """One backward pass a batch: which branches stayed finite, the share flushed, values seen."""
     for name, scale in stage.scales.items():
-        scale.value, scale.finite, scale.counters = values[name], True, Counters()
+        scale.value, scale.counters = values[name], Counters()
+        scale.flags.clear()
     for batch in probes:
         stage.zero_grad(set_to_none=True)
         prior_loss(stage(batch), batch, 0.125)["loss"].backward()

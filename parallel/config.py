@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-EngineName = Literal["reference", "deepspeed_zero", "deepspeed_pipe"]
+EngineName = Literal["reference", "deepspeed_zero", "deepspeed_pipe", "torch"]
 LEAST_GAIN = 1.25
 """Least speed-up for which `auto` chooses the less exact mode: 16 bits cost accuracy."""
 
@@ -190,8 +190,9 @@ class EngineConfig:
     """Which engine owns the training step."""
 
     name: EngineName = "reference"
-    """reference (plain torch), deepspeed_zero (ZeRO-1/2/3, with tensor parallelism) or
-    deepspeed_pipe (tensor x pipeline x data, ZeRO-1)."""
+    """reference (plain torch), deepspeed_zero (ZeRO-1/2/3, with tensor parallelism),
+    deepspeed_pipe (tensor x pipeline x data, ZeRO-1) or torch (FSDP2: weights sharded as in ZeRO-3,
+    with tensor parallelism; each layer's reduction hidden behind the backward pass)."""
     zero_stage: int = 1
     """What deepspeed_zero shards over replicas: 1 = optimiser, 2 = gradients too, 3 = weights."""
     gradient_accumulation_steps: int = 1
@@ -211,6 +212,11 @@ class EngineConfig:
     """On GPUs: algorithms that give the same bits every time, so that a resumed run equals an
     unbroken one; off = maybe faster. CPUs always do."""
 
+    @property
+    def shards_weights(self) -> bool:
+        """True if weights are sharded over the replicas of a node."""
+        return self.name == "torch" or (self.name == "deepspeed_zero" and self.zero_stage == 3)
+
     def problems(self, batch_per_replica: int, mesh: MeshConfig, compress: bool) -> list[str]:
         """What this engine cannot do on this mesh, each with the nearest supported setting."""
         problems = []
@@ -229,9 +235,9 @@ class EngineConfig:
                 "engine.name=reference has no tensor or pipeline ranks; use --engine.name "
                 + ("deepspeed_pipe" if mesh.pipeline > 1 else "deepspeed_zero")
             )
-        if self.name == "deepspeed_zero" and mesh.pipeline > 1:
+        if self.name in ("deepspeed_zero", "torch") and mesh.pipeline > 1:
             problems.append(
-                "engine.name=deepspeed_zero has no pipeline; use --engine.name deepspeed_pipe"
+                f"engine.name={self.name} has no pipeline; use --engine.name deepspeed_pipe"
             )
         if self.name == "deepspeed_pipe" and self.zero_stage != 1:
             problems.append(
@@ -243,16 +249,17 @@ class EngineConfig:
                 f"engine.name={self.name} needs at least 2 ranks, e.g. mesh.data=2; "
                 "on one process use --engine.name reference"
             )
-        layout = self.name == "deepspeed_zero" and self.zero_stage == 3
-        if mesh.nodes > 1 and not (layout and mesh.tensor == 1):
+        if mesh.nodes > 1 and not (self.shards_weights and mesh.tensor == 1):
             problems.append(
                 f"mesh.nodes={mesh.nodes} is the paper's layout: it needs --engine.name "
-                "deepspeed_zero --engine.zero-stage 3 --mesh.tensor 1; otherwise --mesh.nodes 1"
+                "torch, or deepspeed_zero --engine.zero-stage 3, and --mesh.tensor 1; otherwise "
+                "--mesh.nodes 1"
             )
-        if compress and layout and mesh.nodes == 1:
+        if compress and self.shards_weights and mesh.nodes == 1:
             problems.append(
-                "compress.rank: ZeRO-3 on one node keeps no replica whose gradients could be "
-                "compressed; set mesh.nodes, or --engine.zero-stage 1"
+                "compress.rank: weights sharded on one node leave no replica whose gradients could "
+                "be compressed; set mesh.nodes, or --engine.name deepspeed_zero "
+                "--engine.zero-stage 1"
             )
         elif compress and mesh.data == 1:
             problems.append(

@@ -7,7 +7,7 @@ paper's sums over nodes: P is orthogonalised, so its scale does not matter, and 
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -62,9 +62,10 @@ class Reduced:
 
 
 @dataclass
-class _Batch:
-    """All shards of one oriented shape, stacked, with the factors of the current update."""
+class Stack:
+    """All shards of a bucket with one oriented shape, with the factors of the current update."""
 
+    bucket: str
     members: list[MatrixShard]
     error: Tensor
     """(n, short, long): error feedback, the residual of earlier updates."""
@@ -89,10 +90,12 @@ class PowerSGD:
         device: torch.device,
         warm_start: bool = False,
         error_feedback: bool = True,
+        bucket_of: Callable[[str], str] = lambda _: "",
     ) -> None:
         """`rank` is the rank of one shard: the config's total rank divided by the shards.
 
-        Buffers and gradients must be on `device`.
+        Buffers and gradients must be on `device`. `bucket_of` a matrix's name: matrices of one
+        bucket can be reduced before the gradients of the others are known (overlapped.py).
         Raises: ValueError for a rank below 1.
         """
         if rank < 1:
@@ -100,30 +103,32 @@ class PowerSGD:
         self.rank, self._group, self._device = rank, group, device
         self._size = dist.get_world_size(group) if group is not None else 1
         self._warm, self._feedback = warm_start, error_feedback
-        by_shape: dict[tuple[int, int], list[MatrixShard]] = defaultdict(list)
+        alike: dict[tuple[str, tuple[int, int]], list[MatrixShard]] = defaultdict(list)
         for shard in shards:
-            by_shape[shard.oriented].append(shard)
+            alike[bucket_of(shard.name), shard.oriented].append(shard)
         self._batches = [
-            _Batch(
+            Stack(
+                bucket=bucket,
                 members=members,
                 error=torch.zeros(len(members), *shape, device=device),
                 q=torch.stack([_gaussian(m, shape, min(rank, shape[0]), seed) for m in members]).to(
                     device
                 ),
             )
-            for shape, members in by_shape.items()
+            for (bucket, shape), members in alike.items()
         ]
         self.names = frozenset(shard.name for shard in shards)
 
     @torch.no_grad()
-    def reduce(self, gradients: Mapping[str, Tensor]) -> Reduced:
+    def reduce(self, gradients: Mapping[str, Tensor], finite: bool = True) -> Reduced:
         """Average this rank's gradients over the group.
 
         Matrices go as two factors, in one all-reduce for all P and one for all Q; everything else,
-        and the flag of non-finite gradients, in one fp32 all-reduce.
+        and the flag of non-finite gradients, in one fp32 all-reduce. `finite`: False if gradients
+        that are reduced elsewhere are not finite.
         Shapes: a compressed gradient is (rows, columns); returns the same shapes, fp32.
         """
-        finite = _all_finite(gradients.values())
+        finite = finite and _all_finite(gradients.values())
         if finite:
             self._accumulate(gradients)
         for batch in self._batches:
@@ -172,7 +177,7 @@ class PowerSGD:
             batch.error[i].copy_(_turn(errors[member.name], member))
             batch.q[i].copy_(bases[member.name])
 
-    def _members(self) -> list[tuple[_Batch, int, MatrixShard]]:
+    def _members(self) -> list[tuple[Stack, int, MatrixShard]]:
         return [(b, i, member) for b in self._batches for i, member in enumerate(b.members)]
 
     def _accumulate(self, gradients: Mapping[str, Tensor]) -> None:
@@ -194,7 +199,7 @@ class PowerSGD:
         copy_parts(flat, tensors)
         return finite
 
-    def _finish(self, batch: _Batch, finite: bool, gradients: dict[str, Tensor]) -> None:
+    def _finish(self, batch: Stack, finite: bool, gradients: dict[str, Tensor]) -> None:
         """Add the decompressed gradients to `gradients`, and keep the residual as error."""
         mean = batch.p @ batch.q_mean.transpose(1, 2)
         for i, member in enumerate(batch.members):

@@ -96,8 +96,13 @@ class Recomputed(nn.Module):
 class Stage(nn.Module):
     """Some consecutive layers of a program on a device, in the run's precision."""
 
-    def __init__(self, layers: Sequence[Layer], engine: EngineConfig, device: torch.device) -> None:
-        """Builds and moves one layer at a time, so that the host never holds several."""
+    def __init__(
+        self, layers: Sequence[Layer], engine: EngineConfig, device: torch.device | None
+    ) -> None:
+        """Builds and moves one layer at a time, so that the host never holds several.
+
+        `device`: None leaves each layer where it was built.
+        """
         super().__init__()
         if engine.precision == "auto":
             raise ConfigError(
@@ -106,7 +111,8 @@ class Stage(nn.Module):
             )
         self.layers = nn.ModuleDict()
         for layer in layers:
-            self.layers[layer.name] = move(layer.build(), device)
+            built = layer.build()
+            self.layers[layer.name] = move(built, device) if device else built
         tie(self.layers)  # type: ignore[arg-type]
         self._precision = engine.precision
         for module in self.layers.values():
@@ -116,8 +122,8 @@ class Stage(nn.Module):
         """The gradient scale of each residual branch; empty unless in fp16."""
         if engine.precision == "fp16":
             for layer in layers:
-                built: Any = self.layers[layer.name]
-                marks = built.branches() if layer.branches else {}
+                whole: Any = self.layers[layer.name]
+                marks = whole.branches() if layer.branches else {}
                 for key in layer.branches:
                     branch, parameters = marks[key]
                     self.scales[f"{layer.name}.{key}"] = Scale()
@@ -147,7 +153,7 @@ def scales_of(program: Program, here: dict[str, Scale], engine: EngineConfig) ->
 class Whole(nn.Module):
     """A program run on one process, layer after layer; returns its losses."""
 
-    def __init__(self, program: Program, engine: EngineConfig, device: torch.device) -> None:
+    def __init__(self, program: Program, engine: EngineConfig, device: torch.device | None) -> None:
         super().__init__()
         self.stage = Stage(program.layers, engine, device)
         self._loss = program.loss

@@ -190,18 +190,21 @@ NOTHING = Marks()
 
 
 @lru_cache(maxsize=64)
-def keeps_of(config: PriorConfig, size: int, precision: str, marks: Marks = NOTHING) -> Keeps:
+def keeps_of(
+    config: PriorConfig, size: int, precision: str, marks: Marks = NOTHING, cast: bool = False
+) -> Keeps:
     """Bytes that autograd saves of `embedding`, `block`, its two branches, `head` and `loss`.
 
     fp16 counts as bf16 in blocks, since both are 16 bits; under fp16 the head saves fp32. `marks`
-    of one kind of layer are right for that kind alone.
+    of one kind of layer are right for that kind alone. `cast`: matrices of blocks are in 16 bits
+    before the layer runs.
     """
-    one, two = (_kept(config, size, precision, samples, marks) for samples in (1, 2))
+    one, two = (_kept(config, size, precision, samples, marks, cast) for samples in (1, 2))
     return {name: (two[name] - one[name], 2 * one[name] - two[name]) for name in one}
 
 
 def _kept(
-    config: PriorConfig, size: int, precision: str, samples: int, marks: Marks
+    config: PriorConfig, size: int, precision: str, samples: int, marks: Marks, cast: bool
 ) -> dict[str, int]:
     totals: dict[str, int] = {}
     modules = copy.deepcopy(_modules(config, 0, size, marks.lora))
@@ -213,6 +216,8 @@ def _kept(
             module.to_empty(device="cpu")
         block = modules["block"]
         assert isinstance(block, PriorBlock)
+        for matrix in (p for p in block.parameters() if p.dim() > 1 and cast):
+            matrix.data = matrix.data.to(torch.bfloat16 if precision != "fp32" else torch.float32)
         x = torch.empty(samples, config.length, config.dim, requires_grad=not marks.input_too)
         text = torch.zeros(samples, config.text_length, dtype=torch.int64)
         batch = {

@@ -8,6 +8,13 @@ from models.config import PriorConfig
 from models.prior import BRANCHES
 from parallel.balance import stage_layers
 from parallel.mesh import RankCoordinates
+from planning.estimate.fsdp.layout import (
+    FLOAT,
+    real_elements,
+    shard_elements,
+    units_of,
+    uses_fsdp,
+)
 from planning.estimate.layers import (
     Held,
     Keeps,
@@ -95,7 +102,7 @@ def rank_bytes(loads: Loads) -> Bytes:
     settings = loads.settings
     tensor, precision = settings.mesh.tensor, settings.engine.precision
     keeps = {
-        part.name: keeps_of(settings.model, tensor, precision, marks)
+        part.name: keeps_of(settings.model, tensor, precision, marks, uses_fsdp(settings))
         for part, marks in marks_of(loads)
     }
     sizes = model_bytes(loads)
@@ -133,6 +140,8 @@ def model_bytes(loads: Loads) -> Bytes:
             "buckets": 0,
             "temporary": 4 * total if flat else 0,
         }
+    if uses_fsdp(settings):
+        return _fsdp(loads, moment)
     if stage == 3:
         return _third_stage(loads, total + frozen, moment)
     groups = groups_of(held)
@@ -171,6 +180,23 @@ def _third_stage(loads: Loads, total: int, moment: int) -> Bytes:
         "optimizer": 2 * moment * trained,
         "buckets": 4 * BUCKET,
         "temporary": 4 * gathered + flat,
+    }
+
+
+def _fsdp(loads: Loads, moment: int) -> Bytes:
+    """Engine torch: two units gathered at a time, one's gradient on its way to the shards."""
+    mesh, held = loads.settings.mesh, loads.held.values()
+    units = units_of(loads.settings, loads.layers)
+    trained = sum(shard_elements(h, mesh.local) for h in held if h.trained)
+    rank = loads.at.replica % mesh.local
+    own = sum(real_elements(h, mesh.local, rank) for h in held if h.trained)
+    gathered = max((unit.width * unit.padded(mesh.local) for unit in units), default=0)
+    return {
+        "parameters": FLOAT * sum(shard_elements(h, mesh.local) for h in held),
+        "gradients": FLOAT * trained,
+        "optimizer": 2 * moment * own,
+        "buckets": FLOAT * max((u.padded(mesh.local, trained=True) for u in units), default=0),
+        "temporary": 4 * gathered,  # of two units the weights, a message, and one's gradient
     }
 
 
@@ -223,6 +249,10 @@ def _compression_bytes(loads: Loads) -> Bytes:
     long_sides = sum(s.rank * max(s.rows, s.columns) for s in shards)
     factors = sum(s.sent for s in shards)
     means = errors  # gradients are handed out whole before the optimiser runs
+    if uses_fsdp(loads.settings):  # in place; two buckets' gradients with their errors
+        units = units_of(loads.settings, loads.layers)
+        means = 2 * max(unit.padded(loads.settings.mesh.local) for unit in units)
+        means //= loads.settings.mesh.local
     return {"compression": 4 * (errors + long_sides + 2 * factors + means)}
 
 

@@ -9,6 +9,7 @@ from parallel.ledger import Counts
 from parallel.mesh import RankCoordinates
 from planning.decode import Decoding
 from planning.estimate.collectives import all_reduce, gather, group_span, hand_on
+from planning.estimate.fsdp.layout import uses_fsdp
 from planning.estimate.hardware import Hardware
 from planning.estimate.kernels import seconds
 from planning.estimate.layer_work import backward_work, compression_work, forward_work, update_work
@@ -174,7 +175,9 @@ def _third_stage(loads: Loads, part: RankLayer, hardware: Hardware) -> float:
     if stage_of_zero(loads.settings) != 3:
         return 0.0
     mesh = loads.settings.mesh
-    count = 4.0 * sum(h.numel for h in part.parameters.values())
+    half = uses_fsdp(loads.settings) and part.name.startswith("block")
+    width = 2.0 if half and loads.settings.engine.precision != "fp32" else 4.0
+    count = width * sum(h.numel for h in part.parameters.values())
     return gather(count, group_span(mesh, "machine"), hardware)
 
 

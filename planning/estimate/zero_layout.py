@@ -10,6 +10,7 @@ from models.prior import COMPRESSED
 from parallel.compress.advisor import PAPER_SHARE
 from parallel.compress.powersgd import shard_rank
 from parallel.mesh import RankCoordinates
+from planning.estimate.fsdp.layout import shard_elements, uses_fsdp
 from planning.estimate.layers import Held
 from training.config import PriorTrain
 
@@ -28,6 +29,8 @@ def stage_of_zero(settings: PriorTrain) -> int:
     engine = settings.engine
     if engine.name == "reference":
         return 0
+    if engine.name == "torch":
+        return 3
     return 1 if engine.name == "deepspeed_pipe" else engine.zero_stage
 
 
@@ -95,7 +98,8 @@ def factored(
             continue
         placement = h.placement
         if third:
-            shard = placement.flat_shard(at.replica % mesh.local, shard_numel(h, mesh.local))
+            count = (shard_elements if uses_fsdp(settings) else shard_numel)(h, mesh.local)
+            shard = placement.flat_shard(at.replica % mesh.local, count)
             if shard is None:
                 continue
             placement = shard

@@ -19,6 +19,7 @@ from core.config import from_json
 from core.heartbeat import Heart
 from models.config import LoraConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, EngineName, MeshConfig
+from parallel.engines.fsdp.units import whole_parameters
 from parallel.engines.protocol import EngineSettings
 from parallel.engines.registry import build_engine, modules_of
 from parallel.ledger import Ledger, recorded
@@ -146,6 +147,20 @@ CASES = [
         lora=2,
         zero_stage=3,
     ),
+    _case("torch, wide", MeshConfig(data=2), "torch", WIDE),
+    _case("torch, modern", MeshConfig(data=2), "torch", replace(WIDE, **MODERN), precision="bf16"),
+    _case("torch, adapters", MeshConfig(data=2), "torch", WIDE, lora=3, moments="bf16"),
+    _case(
+        "torch, frozen",
+        MeshConfig(data=2),
+        "torch",
+        WIDE,
+        freeze="embedding|block000|block001|up.weight",
+    ),
+    _case("torch, DP4", MeshConfig(data=4), "torch", precision="bf16"),
+    _case("torch, TP2 x DP2", MeshConfig(tensor=2, data=2), "torch", WIDE, precision="bf16"),
+    _case("torch, 2 nodes", MeshConfig(data=4, nodes=2), "torch", WIDE),
+    _case("torch, 2 nodes, compressed", MeshConfig(data=4, nodes=2), "torch", WIDE, rank=16),
     _case("PP2, modern", MeshConfig(pipeline=2), "deepspeed_pipe", replace(SMALL, **MODERN)),
 ]
 """Those of ZeRO-3 come last among 4 ranks: DeepSpeed then replaces torch's linear function by one
@@ -238,13 +253,16 @@ def _measure(case: Case, world: World, ledger: Ledger) -> dict[str, Any]:
         judge=lambda norm, loss: _at_update(engine, seen),
     )
     engine: Any = build_engine(program_of(case, mesh), settings, mesh)
+    sharded = case.engine.name == "torch"
     weights = [p for layer in engine.layers().values() for p in layer.parameters()]
+    weights = list(engine._masters.values()) if sharded else weights
     seen["whole"] = 0
     for weight in (weight for weight in weights if weight.requires_grad):
         weight.register_post_accumulate_grad_hook(lambda _: _at_gradient(weights, seen))
     for step in range(2):
         micro = _micro_batches(case, step, mesh.data.rank)
-        kept = Kept(weights, [x for batch in micro for x in batch.values()])
+        gathered = whole_parameters(engine._units) if sharded else []
+        kept = Kept([*weights, *gathered], [x for batch in micro for x in batch.values()])
         with ledger.counted() as traffic, saved_tensors_hooks(kept.pack, kept.unpack):
             engine.step(micro, 1e-4)
     carrying = {handle or dist.group.WORLD for handle in ledger._group_labels}
@@ -282,6 +300,10 @@ def _at_gradient(weights: list[torch.nn.Parameter], seen: dict[str, int]) -> Non
 def _at_update(engine: Any, seen: dict[str, int]) -> str:
     """Gradients that exist when the update is decided."""
     optimizer = getattr(getattr(engine, "_engine", None), "optimizer", None)
+    if engine.name == "torch":
+        shards = engine._buckets.gradients().values()
+        vectors = [p.grad for p in engine._masters.values() if p.grad is not None]
+        seen["partial"] = _bytes([*shards, *vectors])
     if optimizer is not None:
         parts = [g for group in optimizer.averaged_gradients.values() for g in group]
         seen["partial"] = _bytes(parts)
@@ -301,7 +323,7 @@ def _model_bytes(
             outer.fp32_partitioned_groups_flat if third else (outer.single_partition_of_fp32_groups)
         )
         held += [w.ds_tensor for w in weights if hasattr(w, "ds_tensor")]  # type: ignore[misc]
-    sharded = outer is not None and (engine.name == "deepspeed_zero" and engine._stage > 1)
+    sharded = engine.name == "torch" or (engine.name == "deepspeed_zero" and engine._stage > 1)
     weights_alone = {_key(x) for x in held}
     return {
         "parameters": _bytes(held),

@@ -69,6 +69,23 @@ CASES: dict[str, tuple[str, Any]] = {
             MeshConfig(data=4, nodes=2), rank=8, errors="mean", name="deepspeed_zero", zero_stage=3
         ),
     ),
+    "torch, TP2 x DP2, bf16": (
+        "prior",
+        prior(MeshConfig(tensor=2, data=2), name="torch", precision="bf16"),
+    ),
+    "torch, 2 nodes of 2": (
+        "prior",
+        prior(MeshConfig(data=4, nodes=2), rank=8, errors="mean", name="torch"),
+    ),
+    "dVAE, torch": (
+        "dvae",
+        DVAETrain(
+            model=DVAEConfig(pixels=16, width=8, groups=2, codebook=16, code_width=8),
+            mesh=MeshConfig(data=2),
+            engine=EngineConfig(name="torch", gradient_accumulation_steps=2),
+            loop=LoopConfig(global_batch_size=8),
+        ),
+    ),
     "dVAE, DP2, ZeRO-2": (
         "dvae",
         DVAETrain(
@@ -156,7 +173,14 @@ def gpus() -> Iterator[Pool]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["TP2 x PP2, bf16, recomputed", "paper layout, 2 nodes of 2", "dVAE, DP2"]
+    "name",
+    [
+        "TP2 x PP2, bf16, recomputed",
+        "paper layout, 2 nodes of 2",
+        "torch, 2 nodes of 2",
+        "dVAE, torch",
+        "dVAE, DP2",
+    ],
 )
 def test_ranks_that_claim_gpus_make_the_calls_of_those_on_the_cpu(
     name: str, pool: Pool, gpus: Pool

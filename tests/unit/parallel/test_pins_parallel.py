@@ -261,7 +261,7 @@ def test_norms_losses_and_wishes_are_shared_by_two_ranks(
         first = decide_update(squares, _mesh(number), scales, vote, accept_all)
         results = [first.clipped_by, first.loss, first.stopping]
         if number == 0:
-            here["a"].finite = False
+            here["a"].note(torch.tensor(math.inf))
         blind = replace(vote, losses=[])
         second = decide_update(squares, _mesh(number), scales, blind, accept_all)
         results += [second.clipped_by, second.loss]
@@ -427,7 +427,7 @@ def test_counters_and_defaults_of_scales() -> None:
     assert least.value == 128.0 and least.since_division == 0
     facts = Scales([], {"a": Scale(value=256.0), "b": Scale(value=2048.0)}).facts()
     assert facts == {"scale_log2_min": 8.0, "scale_log2_max": 11.0} and Scales([], {}).facts() == {}
-    flags = Scales(["a", "b"], {"b": Scale(finite=False)}).broken(CPU)
+    flags = Scales(["a", "b"], {"b": Scale(flags=[torch.tensor(False)])}).broken(CPU)
     assert flags.tolist() == [0.0, 1.0] and flags.dtype == torch.float64, "as what it goes with"
 
 
