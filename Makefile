@@ -105,6 +105,7 @@ bench: $(DEV_STAMP) system
 	$(BIN)/python -m bench goodput --json
 	$(BIN)/python -m bench order --json
 	$(BIN)/python -m bench attention --json
+	$(BIN)/python -m bench orthogonal --json
 	$(BIN)/python -m bench train_step --json
 	$(BIN)/python -m bench dvae --json
 	$(BIN)/python -m bench bpe --json

@@ -12,7 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.compress.powersgd import PowerSGD, Stack, _orthonormal, _turn
+from parallel.compress.orthogonal import orthonormal
+from parallel.compress.powersgd import PowerSGD, Stack, _turn
 
 
 @dataclass
@@ -114,8 +115,9 @@ class OverlappedPowerSGD(PowerSGD):
         """
         for flight in (each for each in flights if each.owed):
             self._arrive(flight, [stack.p for stack in flight.stacks])
-            for stack, owed in zip(flight.stacks, flight.owed, strict=True):
-                stack.p = _orthonormal(stack.p)
+            bases = orthonormal([stack.p for stack in flight.stacks])
+            for stack, basis, owed in zip(flight.stacks, bases, flight.owed, strict=True):
+                stack.p = basis
                 stack.q_mean = owed.transpose(1, 2) @ stack.p
             flight.owed = []
             flight.flat, flight.work = self._send([stack.q_mean for stack in flight.stacks])

@@ -15,10 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core.keys import key_int
+from parallel.compress.orthogonal import orthonormal
 from parallel.replicas import copy_parts, flat_average
-
-SHIFT = 1e-6
-"""Added to P's diagonal, so that a zero gradient still has an orthonormal basis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,8 +132,10 @@ class PowerSGD:
         for batch in self._batches:
             batch.p = batch.error @ batch.q
         p_finite = self._average([batch.p for batch in self._batches])
-        for batch in self._batches:
-            batch.p = _orthonormal(batch.p)
+        for batch, basis in zip(
+            self._batches, orthonormal([batch.p for batch in self._batches]), strict=True
+        ):
+            batch.p = basis
             batch.q_mean = batch.error.transpose(1, 2) @ batch.p
         q_finite = self._average([batch.q_mean for batch in self._batches])
         plain = {n: g.float() for n, g in gradients.items() if n not in self.names}
@@ -220,14 +220,6 @@ def shard_rank(total: int, shards: int) -> int:
 def _gaussian(shard: MatrixShard, shape: tuple[int, int], rank: int, seed: int) -> Tensor:
     draws = torch.Generator().manual_seed(key_int(seed, shard.name, shard.shard, "powersgd"))
     return torch.randn(shape[1], rank, generator=draws, device="cpu")
-
-
-def _orthonormal(p: Tensor) -> Tensor:
-    """Orthonormal columns that span P's, for a stack (n, rows, rank), by Householder."""
-    shifted = p.clone()
-    shifted.diagonal(dim1=1, dim2=2).add_(SHIFT)
-    basis: Tensor = torch.linalg.qr(shifted).Q
-    return basis
 
 
 def _turn(matrix: Tensor, shard: MatrixShard) -> Tensor:

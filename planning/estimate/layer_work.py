@@ -4,6 +4,7 @@ Every micro-batch casts the weights to 16 bits again and adds 16-bit gradients t
 makes small micro-batches slow.
 """
 
+from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 
@@ -24,8 +25,10 @@ CAST, CAST_BACK = 6, 18
 """Bytes per weight: read fp32 and write 16 bits; cast the gradient back and add it to the sum."""
 UPDATE = 36
 """Bytes per element of AdamW: read and write weight, gradient, moments; read for the norm."""
-QR_SHARE = 0.05
-"""Fraction of the fp32 peak that orthogonalising tall matrices reaches."""
+QR_SHARE = 0.4
+"""Fraction of a core's fp32 peak that Householder's QR of tall matrices reaches (docs/LOG.md)."""
+WIDE = 2
+"""fp32 operations in the time of one in fp64, in which CholeskyQR2 runs."""
 
 
 @lru_cache(maxsize=64)
@@ -174,13 +177,28 @@ def update_work(elements: int) -> Work:
 
 
 def compression_work(loads: Loads, hardware: Hardware) -> Work:
-    """Kernels of PowerSGD: P, Q, the decompressed matrix and QR of each factored shard."""
+    """Kernels of PowerSGD: P, Q, the decompressed matrix and the basis of each factored shard."""
     kernels: list[Kernels] = []
-    for shard in factored(loads.settings, loads.held, loads.at):
+    shards = factored(loads.settings, loads.held, loads.at)
+    for shard, count in Counter(shards).items():
         short, long = sorted((shard.rows, shard.columns))
-        kernels.append(Kernels(rows=short, columns=long, inner=shard.rank, half=False, times=3))
-        basis = round(2 * shard.rank / QR_SHARE)
-        tall = 8.0 * short * shard.rank
-        kernels.append(Kernels(rows=short, columns=shard.rank, inner=basis, half=False, moved=tall))
-        kernels.append(Kernels(moved=28.0 * short * long))
+        products = Kernels(rows=short, columns=long, inner=shard.rank, half=False, times=3 * count)
+        kernels += [products, Kernels(moved=28.0 * short * long, times=count)]
+        kernels += _basis(short, shard.rank, count, hardware)
     return tuple(kernels)
+
+
+def _basis(rows: int, rank: int, count: int, hardware: Hardware) -> list[Kernels]:
+    """Orthogonalisation of `count` equal P, as parallel/compress/orthogonal.py chooses it.
+
+    CholeskyQR2 in fp64: two Gram matrices and two triangular solves in two passes.
+    """
+    tall = 8.0 * rows * rank
+    if not hardware.cores:
+        gram = Kernels(rows=rank, columns=rank, inner=WIDE * rows, batch=count, half=False, times=2)
+        solve = Kernels(
+            rows=rows, columns=rank, inner=WIDE * rank, batch=count, half=False, times=2
+        )
+        return [gram, solve, Kernels(moved=8 * tall * count)]
+    inner = round(2 * rank / QR_SHARE)
+    return [Kernels(rows=rows, columns=rank, inner=inner, half=False, moved=tall, times=count)]

@@ -29,14 +29,14 @@ from planning.config import settings_of
 from planning.estimate.collectives import all_reduce, group_span
 from planning.estimate.hardware import KNOWN, MEASURED, hardware_of
 from planning.estimate.kernels import Kernels, flops, seconds
-from planning.estimate.layer_work import pairs
+from planning.estimate.layer_work import compression_work, pairs
 from planning.estimate.layers import Held, count_parameters, rank_layers
 from planning.estimate.memory import CATEGORIES, loads_of, rank_bytes
 from planning.estimate.pipeline_schedule import actions, crowded, play
 from planning.estimate.reserve import NCCL, PROCESS, nccl_bytes
 from planning.estimate.search import MOST_MICRO, Candidate, search, variants_of, weigh
 from planning.estimate.step_time import estimate
-from planning.estimate.zero_layout import BUCKET, padded, touched
+from planning.estimate.zero_layout import BUCKET, factored, padded, touched
 from tests.harness import tapir
 
 TINY = settings_of("tiny")
@@ -443,3 +443,17 @@ def test_the_papers_model_on_the_papers_machines(tmp_path: Path) -> None:
 
 def test_an_unknown_preset_is_named() -> None:
     assert "paper_12b" in tapir("plan", "paper_13b", code=2)
+
+
+def test_orthogonalisation_is_priced_as_it_runs() -> None:
+    """CholeskyQR2 on GPUs: two Gram matrices and two solves in fp64; Householder on CPUs."""
+    settings = replace(settings_of("paper_12b"), compress=CompressConfig(rank=896))
+    loads = loads_of(settings, RankCoordinates(stage=3))
+    shards = list(factored(settings, loads.held, loads.at))
+    products = sum(6.0 * s.rows * s.columns * s.rank for s in shards)
+    on_gpu, on_cpu = (
+        flops(compression_work(loads, hardware_of(name))) - products for name in ("h100", "cpu")
+    )
+    passes = [8.0 * min(s.rows, s.columns) * s.rank**2 for s in shards]
+    assert on_gpu == pytest.approx(2 * sum(passes))
+    assert on_cpu == pytest.approx(sum(passes) / (2 * 0.4), 1e-3)
