@@ -1,10 +1,11 @@
-"""Pins of cases that need several ranks, a full device or the last draw."""
+"""Pins of cases that need several ranks, a full device, a prompt or the last draw."""
 
 import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -14,9 +15,10 @@ from data_pipeline.formats.raw import RawRecord
 from data_pipeline.text.dropout import DropoutEncoder
 from generation.config import DrawSettings
 from generation.evaluation import accuracy
+from generation.evaluation.suites import panels
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.pipeline import Pipeline
-from generation.sampling.sampler import Sampler
+from generation.sampling.sampler import Prompt, Sampler, _Lane
 from parallel.engines.protocol import Recomputed
 from parallel.mesh import Group
 from tests.forked import forked_ranks
@@ -125,3 +127,81 @@ def test_chance_judges_the_best_ranked_picture(monkeypatch: pytest.MonkeyPatch) 
     records = [cast(RawRecord, SimpleNamespace(caption=c)) for c in "ab"]
     result = accuracy.caption_accuracy(cast(Any, studio), records, cast(Any, rows), 1)
     assert (result["chance"], result["best_of_1"], result["best_of_2"]) == (1.0, 0.5, 0.0)
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return Decoder(LocalPrior(layers=trained_like(), config=CONFIG))
+
+
+def test_a_decoder_is_compiled_once_it_is_asked_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = Decoder(LocalPrior(layers=trained_like(), config=CONFIG))
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    assert not decoder.compiled
+    decoder.compile()
+    assert decoder.compiled
+
+
+@torch.no_grad()
+def test_each_row_is_embedded_at_its_own_position(decoder: Decoder) -> None:
+    """As all rows are at one position; only position 0 does not read the code before."""
+    positions, before = torch.tensor([0, 1, 2, 15, 0]), torch.tensor([3, 4, 5, 6, 7])
+    rows = [decoder._embed(int(at), before[i : i + 1]) for i, at in enumerate(positions)]
+    assert decoder._embed(positions, before).equal(torch.cat(rows))
+    start, codes = rows[0], torch.cat(rows[1:4])
+    layer: Any = decoder._embedding
+    first, *others = layer.row.weight[[0, 0, 0, 3]] + layer.column.weight[[0, 1, 2, 3]]
+    assert start.equal((layer.start.weight[1] + first)[None])
+    assert codes.equal(layer.image(before[1:4]) + torch.stack(others))
+
+
+@pytest.mark.parametrize(("guidance", "times"), [(1.0, 1), (2.0, 2)])
+def test_the_given_codes_are_those_of_each_caption(
+    guidance: float, times: int, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once more for the empty captions of guidance; none is given twice."""
+    batch, given = prior_batch(), list[Any]()
+    monkeypatch.setattr(decoder, "start", lambda text, codes, each: given.append((codes, each)))
+    prompt = Prompt(codes=batch["image"], kept=torch.tensor([True] * 3 + [False] * 13))
+    keys = [[(1, "a", i) for i in range(2)]] * 3
+    _Lane(decoder, batch["text"], cast(Any, keys), DrawSettings(guidance=guidance), prompt)
+    assert [(codes.tolist(), each) for codes, each in given] == [
+        (batch["image"][:, :3].tolist() * times, 2)
+    ]
+
+
+def test_pixels_are_bytes_by_255() -> None:
+    bytes_ = np.array([[[[0, 51, 255], [102, 153, 204]]]], np.uint8)
+    pixels = panels._pixels(bytes_)
+    assert pixels.shape == (1, 3, 1, 2)
+    expected = [[0.0, 0.4], [0.2, 0.6], [1.0, 0.8]]
+    assert torch.tensor(expected).allclose(pixels[0, :, 0], rtol=0, atol=1e-7)
+
+
+@pytest.mark.parametrize("length", [16, 24])
+def test_the_upper_half_of_the_codes_is_kept(length: int) -> None:
+    """Under another default device."""
+    asked: list[Prompt] = []
+
+    class Studio:
+        images = SimpleNamespace(facts=SimpleNamespace(pixels=32, rows=4, columns=length // 4))
+        sampler = SimpleNamespace(config=SimpleNamespace(image_length=length))
+
+        def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+            assert pixels.shape == (1, 3, 32, 32)
+            return torch.zeros(1, length, dtype=torch.int64, device="cpu")
+
+        def codes(self, captions: Any, draws: Any, prompt: Prompt, own: Any) -> list[Any]:
+            asked.append(prompt)
+            return []
+
+    top = panels.Panel(form="circle", colour="blue", row=3, column=5)
+    upper = {"form": "circle", "colour": "blue", "row": 3, "column": 5}
+    rows: Any = [{"caption": "c", "key": "k", "top": upper}]
+    suite = object.__new__(panels.PanelsSuite)
+    suite.prompts, suite._settings, suite._tops = rows, panels.PanelsConfig(candidates=2), [top]
+    with torch.device("meta"):
+        pictures = suite._draw(cast(Any, Studio()), [top], "drawn")
+    assert pictures.shape == (1, 2, 32, 32, 3)
+    (prompt,) = asked
+    assert prompt.kept.tolist() == [True] * (length // 2) + [False] * (length // 2)

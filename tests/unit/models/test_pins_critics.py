@@ -32,6 +32,20 @@ def test_the_smallest_length_is_added_to_that_of_the_features() -> None:
     assert _unit(torch.ones(1, 4, 2, 2)).flatten().tolist() == [0.5] * 16
 
 
+def test_features_shorter_than_the_smallest_length_count_as_that_long() -> None:
+    """A length of 1e-12 is raised to 1e-10, to which 1e-10 is added."""
+    assert _unit(torch.tensor([[[[1e-12]]]], dtype=torch.float64)).item() == pytest.approx(0.005)
+    x = torch.zeros(1, 1, 1, 1, requires_grad=True)
+    _unit(x).sum().backward()
+    assert x.grad is not None and x.grad.item() == pytest.approx(5e9)
+
+
+def test_no_object_is_read_from_a_file_of_weights(tmp_path: Path) -> None:
+    torch.save({"weight": torch.ones(3), "object": SimpleNamespace()}, tmp_path / "object.pth")
+    with pytest.raises(InputError, match="neither a safetensors file nor tensors"):
+        read_tensors(tmp_path / "object.pth")
+
+
 @torch.no_grad()
 def test_a_perceptual_loss_is_made_on_the_cpu_and_compares_where_pictures_are() -> None:
     with META:
@@ -153,7 +167,11 @@ def test_features_are_in_the_order_of_pictures(
     monkeypatch.setattr(inception, "foreign_module", lambda name: SMALL)
     path, before = tmp_path / "weights.safetensors", torch.get_rng_state()
     save_file({"weight": torch.tensor([1.0, 10.0, 100.0]), "bias": torch.ones(3)}, path)
+    fork, kept = torch.random.fork_rng, list[Any]()
+    monkeypatch.setattr(torch.random, "fork_rng", lambda **d: kept.append(d) or fork(devices=[]))
     network = Inception(path)
+    assert kept == [{"devices": []}], "a GPU's generator need not be kept: nothing is drawn on it"
+    assert not network.proxy and network.label == "FID and IS (Inception features)"
     assert torch.get_rng_state().equal(before) and SMALL.load_state_dict_from_url is _download
     ramp = np.arange(67, dtype=np.uint8)[:, None, None, None]
     features, logits = network(np.broadcast_to(ramp + np.array([0, 1, 2]), (67, 2, 1, 3)).copy())

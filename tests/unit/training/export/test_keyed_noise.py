@@ -32,6 +32,24 @@ def test_bits_and_noise_are_those_of_tapir(noise: Any, count: int, position: int
     assert mine.equal(gumbel_noise(keys, (count,), position)) and mine.dtype == torch.float32
 
 
+def test_a_word_is_the_signed_number_of_its_bits(noise: Any) -> None:
+    assert noise._signed(2**64 - 1) == -1 and noise._signed(2**63) == -(2**63)
+    assert noise._signed(2**63 - 1) == 2**63 - 1 and noise._signed(1) == 1
+
+
+def test_seventeen_codes_take_three_blocks(noise: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 draws each."""
+    asked: list[int] = []
+
+    def bits(keys: Tensor, blocks: int, position: int) -> Tensor:
+        asked.append(blocks)
+        return torch.zeros(len(keys), 8 * blocks, dtype=torch.int64, device="cpu")
+
+    monkeypatch.setattr(noise, "philox_bits", bits)
+    assert noise.gumbel_noise(torch.tensor(KEYS, device="cpu"), 17, 0).shape == (4, 17)
+    assert asked == [3]
+
+
 @pytest.mark.parametrize("caption", ["a small red circle", "Ünï/i:3", ""])
 def test_a_key_is_that_of_the_sampler(noise: Any, caption: str) -> None:
     assert noise.candidate_key(5, caption, 11) == key_int(5, caption, 11, "sample")
@@ -66,6 +84,25 @@ def test_only_rows_in_doubt_are_computed_again(noise: Any, temperature: float, g
     again = torch.tensor([0.0, 1.0, 2.0, -torch.inf], device="cpu") / scale + drawn[0]
     assert scores[0].equal(again), "a code that is not allowed stays so"
     assert scores[1].equal(logits[1] / scale + drawn[1])
+
+
+def test_noise_is_drawn_at_temperature_1_where_the_logits_are(noise: Any) -> None:
+    """Under another default device."""
+    logits = torch.randn(4, 9, generator=torch.Generator().manual_seed(0), device="cpu")
+    expected = logits + gumbel_noise(torch.tensor(KEYS, device="cpu"), (9,), 2)
+    with torch.device("meta"):
+        scores = noise.KeyedNoise(KEYS, 3)(IDS, logits)
+    assert scores.equal(expected)
+
+
+def test_two_codes_are_as_close_as_rounding_is_wide(noise: Any) -> None:
+    """The row of a gap of exactly CLOSE is computed again, the next larger float is not."""
+    close = torch.tensor(noise.CLOSE, device="cpu")
+    further = close.nextafter(torch.tensor(1.0, device="cpu"))
+    logits = torch.tensor([[float(close), 0.0], [0.0, float(further)]], device="cpu")
+    again = torch.tensor([[1.0, 2.0]], device="cpu")
+    scores = noise.KeyedNoise(KEYS[:2], 3, 0.0, lambda ids: again)(IDS[:2], logits)
+    assert scores.equal(torch.cat([again, logits[1:]]))
 
 
 def test_wrong_settings_are_named(noise: Any) -> None:

@@ -164,6 +164,8 @@ def test_captions_become_ids_as_in_training(model: Any) -> None:
     assert model.text_ids(tokenizer, captions).equal(expected)
     assert model.text_ids(tokenizer, captions, 2).equal(expected.repeat_interleave(2, 0))
     assert {len(row) for row in rows} >= {0, TEXT}, "one is cut, one is padding alone"
+    with torch.device("meta"):  # ids are where the model is
+        assert model.text_ids(tokenizer, captions).equal(expected)
     assert model.text_ids(_Plain(), ["AB"]).tolist() == [[97, 98, -1, -1, -1, -1]]
 
 
@@ -203,3 +205,5 @@ def test_what_a_folder_lacks_is_named(modeling: Any, model: Any) -> None:
     none = modeling.TapirConfig()
     sizes = (none.num_hidden_layers, none.hidden_size, none.num_attention_heads, none.vocab_size)
     assert sizes == (0, 0, 0, 0)
+    empty = modeling.TapirModel(none)
+    assert (empty.text_length, empty.image_length) == (0, 0)
