@@ -5,6 +5,7 @@ A bucket's factors are reduced without waiting, and kept aside: error buffers an
 again in one piece, so that a refused update leaves the same error buffers as PowerSGD does.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -61,8 +62,9 @@ class OverlappedPowerSGD(PowerSGD):
     def finish(self) -> tuple[dict[str, Tensor], Tensor, int]:
         """Wait for all factors.
 
-        Returns the sum of squares of each mean gradient by name, a 0-dim flag that is False if any
-        was not finite, the same on all ranks of the group, and the bytes that were sent.
+        Returns the sum of squares of each mean gradient by name, infinite if any gradient was not
+        finite; a 0-dim flag that is False then, the same on all ranks of the group; and the bytes
+        that were sent.
         """
         flights = getattr(self, "_flights", [])
         self._advance(flights)
@@ -75,7 +77,10 @@ class OverlappedPowerSGD(PowerSGD):
             for stack in flight.stacks:
                 sums = stack.q_mean.square().sum((1, 2))
                 squares |= {m.name: sums[i] for i, m in enumerate(stack.members)}
-        return squares, torch.stack(flags).all(), 4 * sent
+        fine = torch.stack(flags).all()
+        broken = torch.tensor(math.inf, device=self._device)
+        squares = {name: torch.where(fine, square, broken) for name, square in squares.items()}
+        return squares, fine, 4 * sent
 
     @torch.no_grad()
     def settle(self, gradients: Mapping[str, Tensor], everywhere: bool, here: bool) -> None:

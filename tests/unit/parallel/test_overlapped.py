@@ -66,6 +66,8 @@ def test_buckets_equal_one_piece(warm: bool, feedback: bool, broken: bool, tmp_p
                 apart.append(float((gradients[name] - mean).norm() / mean.norm()))
                 if flag:
                     apart.append(abs(float(squares[name] / reduced.squares[name]) - 1))
+                else:
+                    assert math.isinf(squares[name]) and math.isinf(reduced.squares[name])
             for one, other in ((whole.errors(), parts.errors()), (whole.bases(), parts.bases())):
                 apart += [float((one[n] - other[n]).norm() / one[n].norm()) for n in SHAPES]
         return apart
