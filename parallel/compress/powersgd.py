@@ -87,8 +87,11 @@ class PowerSGD:
         device: torch.device,
         warm_start: bool = False,
         error_feedback: bool = True,
+        payload: torch.dtype = torch.float32,
     ) -> None:
-        """`rank` is the rank of one shard: the config's total rank divided by the shards.
+        """`payload` is the type in which factors are sent; error feedback takes its rounding.
+
+        `rank` is the rank of one shard: the config's total rank divided by the shards.
 
         Buffers and gradients must be on `device`.
         Raises: ValueError for a rank below 1.
@@ -98,6 +101,7 @@ class PowerSGD:
         self.rank, self._group, self._device = rank, group, device
         self._size = dist.get_world_size(group) if group is not None else 1
         self._warm, self._feedback = warm_start, error_feedback
+        self._payload = payload
         by_shape: dict[tuple[int, int], list[MatrixShard]] = defaultdict(list)
         for shard in shards:
             by_shape[shard.oriented].append(shard)
@@ -126,13 +130,13 @@ class PowerSGD:
             self._accumulate(gradients)
         for batch in self._batches:
             batch.p = batch.error @ batch.q
-        p_finite = self._average([batch.p for batch in self._batches])
+        p_finite = self._average([batch.p for batch in self._batches], self._payload)
         for batch, basis in zip(
             self._batches, orthonormal([batch.p for batch in self._batches]), strict=True
         ):
             batch.p = basis
             batch.q_mean = batch.error.transpose(1, 2) @ batch.p
-        q_finite = self._average([batch.q_mean for batch in self._batches])
+        q_finite = self._average([batch.q_mean for batch in self._batches], self._payload)
         plain = {n: g.float() for n, g in gradients.items() if n not in self.names}
         flag = torch.tensor([float(not finite)], device=self._device)
         rest = [torch.nan_to_num(g, 0.0, 0.0, 0.0).clone() for g in plain.values()]
@@ -148,13 +152,13 @@ class PowerSGD:
         for batch in self._batches:
             self._finish(batch, p_finite and q_finite, means)
         raw = sum(gradient.numel() for gradient in gradients.values())
-        sent = sum(b.p.numel() + b.q_mean.numel() for b in self._batches)
-        sent += 1 + sum(t.numel() for t in rest)
+        sent = self._payload.itemsize * sum(b.p.numel() + b.q_mean.numel() for b in self._batches)
+        sent += 4 * (1 + sum(t.numel() for t in rest))
         return Reduced(
             gradients=means,
             squares=squares,
             raw_bytes=4 * raw,
-            sent_bytes=4 * sent,
+            sent_bytes=sent,
         )
 
     def errors(self) -> dict[str, Tensor]:
@@ -183,11 +187,11 @@ class PowerSGD:
             else:
                 batch.error[i] = gradient
 
-    def _average(self, tensors: list[Tensor]) -> bool:
+    def _average(self, tensors: list[Tensor], dtype: torch.dtype = torch.float32) -> bool:
         """Average tensors in place in one all-reduce; infinities are clamped. True if finite."""
         if not tensors:
             return True
-        flat = flat_average(tensors, self._group, self._size)
+        flat = flat_average(tensors, self._group, self._size, dtype)
         finite = bool(torch.isfinite(flat).all())
         if not finite:
             flat = torch.nan_to_num(flat)

@@ -13,8 +13,6 @@ from parallel.mesh import RankCoordinates
 from planning.estimate.layers import Held
 from training.config import PriorTrain
 
-BUCKET = 2**20
-"""Elements of a ZeRO bucket, as parallel/engines/deepspeed/engine.py sets it."""
 ALIGNED = 2
 """A partition of ZeRO-1/2 has a multiple of this many elements."""
 PERSISTENT = 100_000
@@ -29,6 +27,11 @@ def stage_of_zero(settings: PriorTrain) -> int:
     if engine.name == "reference":
         return 0
     return 1 if engine.name == "deepspeed_pipe" else engine.zero_stage
+
+
+def bucket_of(settings: PriorTrain) -> int:
+    """Elements of a ZeRO bucket; a plan for GPUs names one, so that the default is a CPU's."""
+    return settings.engine.bucket(gpu=False)
 
 
 def groups_of(held: Mapping[str, Held]) -> list[list[Held]]:
