@@ -58,13 +58,14 @@ def _case(
     owner: EngineName,
     model: PriorConfig = SMALL,
     rank: int = 0,
+    payload: Literal["fp32", "bf16"] = "fp32",
     moments: Literal["fp32", "bf16"] = "fp32",
     lora: int = 0,
     freeze: str = "",
     **engine: Any,
 ) -> Case:
     settings = EngineConfig(name=owner, gradient_accumulation_steps=2, **engine)
-    compress = CompressConfig(rank=rank)
+    compress = CompressConfig(rank=rank, payload=payload)
     return Case(
         name=name,
         mesh=mesh,
@@ -80,6 +81,8 @@ def _case(
 CASES = [
     _case("plain", MeshConfig(data=2), "reference"),
     _case("plain, compressed", MeshConfig(data=2), "reference", rank=8, precision="bf16"),
+    _case("plain, 16-bit factors", MeshConfig(data=2), "reference", rank=8, payload="bf16"),
+    _case("ZeRO-1, buckets", MeshConfig(data=2), "deepspeed_zero", reduce_bucket_size=9000),
     _case("ZeRO-1, wide", MeshConfig(data=2), "deepspeed_zero", WIDE, precision="bf16"),
     _case("ZeRO-2", MeshConfig(data=2), "deepspeed_zero", zero_stage=2, moments="bf16"),
     _case("ZeRO-3, wide", MeshConfig(data=2), "deepspeed_zero", WIDE, zero_stage=3),
@@ -171,7 +174,14 @@ CASES = [
         lora=2,
         zero_stage=3,
     ),
-    _case("SP2 x DP2, ZeRO-3", replace(TP2, data=2), "deepspeed_zero", WIDE, zero_stage=3),
+    _case(
+        "SP2 x DP2, ZeRO-3",
+        replace(TP2, data=2),
+        "deepspeed_zero",
+        WIDE,
+        zero_stage=3,
+        reduce_bucket_size=2**17,
+    ),
     _case("PP2, modern", MeshConfig(pipeline=2), "deepspeed_pipe", replace(SMALL, **MODERN)),
 ]
 """Those of ZeRO-3 come last among 4 ranks: DeepSpeed then replaces torch's linear function by one
