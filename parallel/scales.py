@@ -47,8 +47,9 @@ class Scale:
     value: float = FIRST
     since_division: int = HOLD
     """Updates since its last division."""
-    finite: bool = True
-    """False if a parameter gradient of this branch was not finite since the last update."""
+    finite: "bool | Tensor" = True
+    """False if a parameter gradient of this branch was not finite since the last update; a flag on
+    the gradients' device once there was one."""
     counters: Counters = field(default_factory=Counters)
 
     def update(self, finite: bool) -> None:
@@ -94,7 +95,7 @@ class Branch(nn.Module):
             rounded = gradient.half() if gradient.dim() > 1 else gradient
             if self.count:
                 scale.counters.note(gradient, rounded)
-            scale.finite = scale.finite and bool(torch.isfinite(rounded).all())
+            scale.finite = torch.isfinite(rounded).all() & scale.finite
             return rounded.float() / scale.value
 
         for parameter in parameters:
@@ -111,8 +112,11 @@ class Scales:
 
     def broken(self, device: torch.device) -> Tensor:
         """For each branch of the model, 1 if this rank's gradients were not finite: (branches,)."""
-        flags = [float(n in self.here and not self.here[n].finite) for n in self._everywhere]
-        return torch.tensor(flags, dtype=torch.float64, device=device)
+        if not self._everywhere:
+            return torch.zeros(0, dtype=torch.float64, device=device)
+        finite = [self.here[n].finite if n in self.here else True for n in self._everywhere]
+        flags = [torch.as_tensor(flag, device=device) for flag in finite]
+        return (~torch.stack(flags)).double()
 
     def update(self, broken: Tensor) -> None:
         """Update every scale by the sum of `broken` over all ranks."""

@@ -119,29 +119,28 @@ class PowerSGD:
 
     @torch.no_grad()
     def reduce(self, gradients: Mapping[str, Tensor]) -> Reduced:
-        """Average this rank's gradients over the group.
+        """Average this rank's gradients over the group; waits for a GPU twice.
 
         Matrices go as two factors, in one all-reduce for all P and one for all Q; everything else,
         and the flag of non-finite gradients, in one fp32 all-reduce.
         Shapes: a compressed gradient is (rows, columns); returns the same shapes, fp32.
         """
-        finite = _all_finite(gradients.values())
-        if finite:
-            self._accumulate(gradients)
+        finite = _all_finite(gradients.values(), self._device)
+        self._accumulate(gradients, finite)
         for batch in self._batches:
             batch.p = batch.error @ batch.q
-        p_finite = self._average([batch.p for batch in self._batches], self._payload)
+        factors = self._average([batch.p for batch in self._batches], self._payload)
         for batch, basis in zip(
             self._batches, orthonormal([batch.p for batch in self._batches]), strict=True
         ):
             batch.p = basis
             batch.q_mean = batch.error.transpose(1, 2) @ batch.p
-        q_finite = self._average([batch.q_mean for batch in self._batches], self._payload)
+        factors &= self._average([batch.q_mean for batch in self._batches], self._payload)
         plain = {n: g.float() for n, g in gradients.items() if n not in self.names}
-        flag = torch.tensor([float(not finite)], device=self._device)
+        flag = (~finite).float()[None]
         rest = [torch.nan_to_num(g, 0.0, 0.0, 0.0).clone() for g in plain.values()]
         self._average([*rest, flag])
-        everywhere = p_finite and q_finite and float(flag) == 0.0
+        usable, everywhere = torch.stack([factors, factors & (flag[0] == 0.0)]).tolist()
         means = dict(zip(plain, rest, strict=True))
         squares = {name: gradient.square().sum() for name, gradient in means.items()}
         for batch, i, member in self._members():
@@ -150,7 +149,7 @@ class PowerSGD:
             broken = torch.tensor(math.inf, device=self._device)
             squares = dict.fromkeys(squares, broken)
         for batch in self._batches:
-            self._finish(batch, p_finite and q_finite, means)
+            self._finish(batch, usable, means)
         raw = sum(gradient.numel() for gradient in gradients.values())
         sent = self._payload.itemsize * sum(b.p.numel() + b.q_mean.numel() for b in self._batches)
         sent += 4 * (1 + sum(t.numel() for t in rest))
@@ -179,24 +178,27 @@ class PowerSGD:
     def _members(self) -> list[tuple[_Batch, int, MatrixShard]]:
         return [(b, i, member) for b in self._batches for i, member in enumerate(b.members)]
 
-    def _accumulate(self, gradients: Mapping[str, Tensor]) -> None:
+    def _accumulate(self, gradients: Mapping[str, Tensor], finite: Tensor) -> None:
+        """Add the gradients to what is owed, if all of this rank's are finite."""
+        waits = finite.device.type == "cpu"
+        if waits and not finite:
+            return
         for batch, i, member in self._members():
             gradient = _turn(gradients[member.name].float(), member)
+            if not waits:
+                gradient = torch.where(finite, gradient, 0.0 if self._feedback else batch.error[i])
             if self._feedback:
                 batch.error[i] += gradient
             else:
                 batch.error[i] = gradient
 
-    def _average(self, tensors: list[Tensor], dtype: torch.dtype = torch.float32) -> bool:
+    def _average(self, tensors: list[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
         """Average tensors in place in one all-reduce; infinities are clamped. True if finite."""
         if not tensors:
-            return True
+            return _all_finite([], self._device)
         flat = flat_average(tensors, self._group, self._size, dtype)
-        finite = bool(torch.isfinite(flat).all())
-        if not finite:
-            flat = torch.nan_to_num(flat)
-        copy_parts(flat, tensors)
-        return finite
+        copy_parts(torch.nan_to_num(flat), tensors)
+        return torch.isfinite(flat).all()
 
     def _finish(self, batch: _Batch, finite: bool, gradients: dict[str, Tensor]) -> None:
         """Add the decompressed gradients to `gradients`, and keep the residual as error."""
@@ -226,5 +228,7 @@ def _turn(matrix: Tensor, shard: MatrixShard) -> Tensor:
     return matrix if shard.rows <= shard.columns else matrix.T
 
 
-def _all_finite(tensors: Iterable[Tensor]) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
+def _all_finite(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """One flag on the device, without waiting for it."""
+    flags = [torch.isfinite(t).all() for t in tensors]
+    return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=device)
