@@ -65,7 +65,9 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
         "micro_batch": micro,
         "gradient_accumulation_steps": engine.gradient_accumulation_steps,
         "recompute": engine.recompute,
+        "recompute_granularity": engine.recompute_granularity,
         "compress_rank": settings.compress.rank,
+        "compress_payload": settings.compress.payload,
         "moments": settings.optim.moments,
         "bytes": candidate.bytes_,
         "total_bytes": candidate.total,
@@ -113,18 +115,18 @@ def flags_of(candidate: Candidate) -> list[str]:
     """Flags of `tapir train prior PRESET`, or of a dVAE, for a candidate."""
     settings = candidate.settings
     mesh, engine = settings.mesh, settings.engine
-    flags = [f"--mesh.{name}={value}" for name, value in vars(mesh).items()]
+    flags = _given("mesh", mesh, vars(mesh))
     flags += [f"--engine.name={engine.name}", f"--engine.zero-stage={engine.zero_stage}"]
     flags += [
         f"--engine.gradient-accumulation-steps={engine.gradient_accumulation_steps}",
         f"--engine.precision={engine.precision}",
     ]
-    flags += ["--engine.recompute" if engine.recompute else "--engine.no-recompute"]
+    flags += _given("engine", engine, ("recompute", "recompute_granularity", "reduce_bucket_size"))
     flags += [f"--loop.global-batch-size={settings.loop.global_batch_size}", *_options(settings)]
     flags += [f"--freeze={settings.freeze}"] if settings.freeze else []
     if isinstance(settings, PriorTrain) and settings.lora.rank:
         flags += [f"--lora.rank={settings.lora.rank}", f"--lora.alpha={settings.lora.alpha:g}"]
-    return [*flags, f"--compress.rank={settings.compress.rank}"]
+    return [*flags, *_given("compress", settings.compress, ("rank", "payload"))]
 
 
 def _options(settings: PriorTrain | DVAETrain) -> list[str]:
@@ -134,14 +136,15 @@ def _options(settings: PriorTrain | DVAETrain) -> list[str]:
         flags += [f"--discriminator.weight={settings.discriminator.weight:g}"]
         names_by = {"gumbel": (), "vq": ("init", "vector"), "fsq": ("init", "levels")}
         names = names_by[settings.model.quantizer]
-        return [*flags, *_given(settings.model, ("quantizer", "codebook", *names))]
-    return _given(settings.model, [each.name for each in fields(ModelFlags)])
+        return [*flags, *_given("model", settings.model, ("quantizer", "codebook", *names))]
+    return _given("model", settings.model, [each.name for each in fields(ModelFlags)])
 
 
-def _given(model: Any, names: Iterable[str]) -> list[str]:
+def _given(part: str, config: Any, names: Iterable[str]) -> list[str]:
+    """Flags of some fields of one part of the settings."""
     flags = []
     for name in names:
-        value, flag = getattr(model, name), f"model.{name}"
+        value, flag = getattr(config, name), f"{part}.{name}"
         if isinstance(value, bool):
             flags.append(flag_text(flag, negated=not value))
         elif isinstance(value, tuple):
@@ -219,7 +222,8 @@ def _title(result: SearchResult, parameters: int, hardware: Hardware) -> str:
 
 def _mesh(candidate: Candidate) -> str:
     mesh = candidate.settings.mesh
-    return f"TP{mesh.tensor} PP{mesh.pipeline} DP{mesh.data}"
+    shared = "+SP" if mesh.sequence_parallel else ""
+    return f"TP{mesh.tensor}{shared} PP{mesh.pipeline} DP{mesh.data}"
 
 
 def _short(candidate: Candidate) -> str:
@@ -253,7 +257,7 @@ def _fitting(result: SearchResult, parameters: int, hardware: Hardware) -> Table
             _mesh(row.candidate),
             _short(row.candidate),
             f"{body['micro_batch']} x {body['gradient_accumulation_steps']}",
-            "yes" if body["recompute"] else "no",
+            body["recompute_granularity"] if body["recompute"] else "no",
             str(body["compress_rank"]),
             f"{row.candidate.total / size:.1f}",
             f"{estimate.seconds:.3g}",

@@ -80,7 +80,7 @@ class OverlappedPowerSGD(PowerSGD):
         fine = torch.stack(flags).all()
         broken = torch.tensor(math.inf, device=self._device)
         squares = {name: torch.where(fine, square, broken) for name, square in squares.items()}
-        return squares, fine, 4 * sent
+        return squares, fine, self._payload.itemsize * sent
 
     @torch.no_grad()
     def settle(self, gradients: Mapping[str, Tensor], everywhere: bool, here: bool) -> None:
@@ -131,13 +131,17 @@ class OverlappedPowerSGD(PowerSGD):
         flat = torch.cat([factor.reshape(-1) for factor in factors])
         if self._group is None:
             return flat, None
+        if self._payload != flat.dtype:
+            flat = (flat / self._size).to(self._payload)
         return flat, dist.all_reduce(flat, group=self._group, async_op=True)
 
     def _arrive(self, flight: _Flight, factors: list[Tensor]) -> None:
         """Wait for the reduction of a flight, and copy the means to its factors."""
         if flight.work is not None:
             flight.work.wait()
-        flat = flight.flat.div_(self._size)
+        flat = flight.flat.float()
+        if flight.flat.dtype == flat.dtype:
+            flat /= self._size
         flight.finite.append(torch.isfinite(flat).all())
         flight.sent += flat.numel()
         parts = torch.nan_to_num(flat).split([factor.numel() for factor in factors])

@@ -20,6 +20,7 @@ from parallel.engines.error_buffers import mean_slices, own_slices, read_errors
 from parallel.engines.protocol import EngineSettings, Losses, Program
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement, placement_of
+from parallel.replicas import copy_parts, flat_average
 from parallel.scales import Scales
 
 BASIS, SCALE = "basis", "scale"
@@ -66,6 +67,19 @@ def decide_update(
     finite = math.isfinite(square) and not broken.any()
     norm = math.sqrt(square) if finite else math.inf
     return decide(norm, shared[1 : 1 + FIELDS], judge)
+
+
+def add_stream_gradients(
+    gradients: Mapping[str, Tensor], places: Mapping[str, Placement], mesh: Mesh
+) -> None:
+    """Add up, over the tensor ranks, gradients that each has of its own positions only; in place.
+
+    Call it once a step, on gradients that are averaged over the replicas; tensor ranks must hold
+    the same partition of them. Without sequence parallelism it does nothing.
+    """
+    parts = [gradient for name, gradient in gradients.items() if places[name].stream]
+    if mesh.shared.sequence and any(part.numel() > 0 for part in parts):
+        copy_parts(flat_average(parts, mesh.tensor.handle, 1), parts)
 
 
 def scale_slices(scales: Scales, mesh: Mesh) -> Iterator[StateSlice]:
@@ -121,7 +135,8 @@ def build_compressor(
     if rank == "auto":
         others = sum(p.numel for name, p in held.items() if name not in matrices)
         assert group.handle is not None, "config.problems() asks for at least two replicas"
-        rank = chosen_rank(shards, others, parts.size, group.handle, device)
+        each = settings.compress.payload_bytes
+        rank = chosen_rank(shards, others, parts.size, group.handle, device, each)
         LOG.info("compression auto: %s", f"rank {rank}" if rank else "off, it would cost time here")
     if not rank:
         return None
@@ -161,6 +176,7 @@ class Compressor:
             warm_start=settings.compress.warm_start,
             error_feedback=settings.compress.error_feedback,
             bucket_of=bucket_of,
+            payload=torch.bfloat16 if settings.compress.payload == "bf16" else torch.float32,
         )
         self._warm = settings.compress.warm_start
         self._averages = averages_errors(settings.errors, group.size)

@@ -104,8 +104,15 @@ def _gradients(forward: Work, trained: float) -> Work:
     return tuple(kernels)
 
 
+def recomputed_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
+    """Kernels of a block that selective recompute runs again: all but the weights' matmuls."""
+    inside = [k for k in _block(loads, part, hardware)[1:-1] if not k.rows or k.moved]
+    return tuple(inside)
+
+
 def _block(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
-    config, split = loads.settings.model, loads.settings.mesh.tensor > 1
+    """A block's kernels: first the cast of the weights, last what adds to the residual stream."""
+    config, mesh = loads.settings.model, loads.settings.mesh
     half = loads.settings.engine.precision != "fp32"
     size = 2 if half else 4
     rows, dim = loads.micro * config.length, config.dim
@@ -119,7 +126,8 @@ def _block(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
     gated = config.mlp == "gated"
     # queries and keys are read and written again by each
     turned = 2 * (config.qk_norm + (config.positions == "rotary"))
-    joined = (22 if split else 12) * rows * dim  # cast, bias, residual
+    held_rows = rows // (mesh.tensor if mesh.sequence_parallel else 1)
+    joined = 12 * held_rows * dim  # bias, residual
     return (
         Kernels(moved=float(CAST * matrices if half else 0), times=1),
         Kernels(rows=rows, columns=inner, inner=dim, half=half, times=3),
@@ -134,8 +142,8 @@ def _block(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
         Kernels(rows=rows, columns=dim, inner=inner, half=half),
         Kernels(rows=rows, columns=wide, inner=dim, half=half, times=2 if gated else 1),
         Kernels(rows=rows, columns=dim, inner=wide, half=half),
-        Kernels(moved=8.0 * rows * dim, times=2),  # norms
-        Kernels(moved=(4.0 + size) * rows * dim, times=4 if half else 0),  # states to 16 bits
+        Kernels(moved=8.0 * held_rows * dim, times=2),  # norms
+        Kernels(moved=(4.0 + size) * held_rows * dim, times=2 if half else 0),  # to 16 bits
         Kernels(moved=2.0 * size * rows * inner),  # heads together
         Kernels(moved=(3.0 if gated else 2.0) * size * rows * wide),  # GELU, or silu(gate) * up
         Kernels(moved=2.0 * size * rows * inner, times=turned),

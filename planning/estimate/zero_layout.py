@@ -14,8 +14,6 @@ from planning.estimate.fsdp.layout import shard_elements, uses_fsdp
 from planning.estimate.layers import Held
 from training.config import PriorTrain
 
-BUCKET = 2**20
-"""Elements of a ZeRO bucket, as parallel/engines/deepspeed/engine.py sets it."""
 ALIGNED = 2
 """A partition of ZeRO-1/2 has a multiple of this many elements."""
 PERSISTENT = 100_000
@@ -32,6 +30,11 @@ def stage_of_zero(settings: PriorTrain) -> int:
     if engine.name == "torch":
         return 3
     return 1 if engine.name == "deepspeed_pipe" else engine.zero_stage
+
+
+def bucket_of(settings: PriorTrain) -> int:
+    """Elements of a ZeRO bucket; a plan for GPUs names one, so that the default is a CPU's."""
+    return settings.engine.bucket(gpu=False)
 
 
 def groups_of(held: Mapping[str, Held]) -> list[list[Held]]:
@@ -106,3 +109,8 @@ def factored(
         if placement.rows:
             rows, columns = placement.rows, placement.shape[1]
             yield Factored(rows, columns, min(each, rows, columns))
+
+
+def factored_names(settings: PriorTrain, held: Mapping[str, Held], at: RankCoordinates) -> set[str]:
+    """The parameters of which this rank compresses a gradient."""
+    return {name for name, h in held.items() if list(factored(settings, {name: h}, at))}

@@ -29,6 +29,7 @@ def prior(
     precision: Any = "fp32",
     samples: int = 2,
     errors: ErrorBuffers = "auto",
+    payload: Any = "fp32",
     **engine: Any,
 ) -> PriorTrain:
     """A small prior with a micro-batch of `samples`."""
@@ -37,7 +38,7 @@ def prior(
         model=MODEL,
         mesh=mesh,
         engine=settings,
-        compress=CompressConfig(rank=rank),
+        compress=CompressConfig(rank=rank, payload=payload),
         checkpoint=CheckpointConfig(errors=errors),
         loop=LoopConfig(global_batch_size=2 * samples * mesh.data),
         optim=OptimConfig(clip_norm=0.5),
@@ -53,6 +54,27 @@ CASES: dict[str, tuple[str, Any]] = {
             precision="bf16",
             samples=1,
             recompute=True,
+        ),
+    ),
+    "SP2 x PP2, bf16, selective": (
+        "prior",
+        prior(
+            MeshConfig(tensor=2, pipeline=2, sequence_parallel=True),
+            name="deepspeed_pipe",
+            precision="bf16",
+            recompute=True,
+            recompute_granularity="selective",
+        ),
+    ),
+    "SP2 x DP2, ZeRO-2, compressed in 16 bits": (
+        "prior",
+        prior(
+            MeshConfig(tensor=2, data=2, sequence_parallel=True),
+            rank=8,
+            payload="bf16",
+            name="deepspeed_zero",
+            zero_stage=2,
+            reduce_bucket_size=1000,
         ),
     ),
     "PP2 x DP2, compressed": (

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from parallel.compress.powersgd import Reduced
 from parallel.engines.fsdp.units import Unit, hook
-from parallel.engines.modules import Compressor
+from parallel.engines.modules import Compressor, add_stream_gradients
 from parallel.mesh import Mesh
+from parallel.placement import Placement
 from parallel.replicas import copy_parts
 from parallel.scales import Scale
 
@@ -53,6 +54,8 @@ class Buckets:
     units: Sequence[Unit]
     scale_of: Mapping[str, Scale]
     """Parameter -> the gradient scale of its branch, in fp16."""
+    places: Mapping[str, Placement]
+    """Where each parameter is in the global one."""
     mesh: Mesh
     compressor: Compressor | None
     last: bool = False
@@ -130,6 +133,7 @@ class Buckets:
         if plain and self.mesh.between.size > 1:
             torch._foreach_div_(list(plain.values()), self.mesh.between.size)
         works()
+        add_stream_gradients(vectors, self.places, self.mesh)
         plain |= vectors
         norms = torch._foreach_norm(list(plain.values())) if plain else ()
         squares |= {n: norm.double().square() for n, norm in zip(plain, norms, strict=True)}

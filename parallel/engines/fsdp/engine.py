@@ -84,7 +84,7 @@ class TorchEngine:
             device,
             bucket_of={p.name: unit.name for unit in self._units for p in unit.parts}.__getitem__,
         )
-        self._buckets = Buckets(self._units, scale_of, mesh, self._compressor)
+        self._buckets = Buckets(self._units, scale_of, self._places, mesh, self._compressor)
 
     def step(
         self, micro_batches: Sequence[Batch], lr: float, wants_stop: bool = False

@@ -350,7 +350,8 @@ def test_what_is_compressed_and_at_which_rank(monkeypatch: pytest.MonkeyPatch) -
     assert made._powersgd.bases()["a.w"].equal(torch.randn(4, 2, generator=seed))
     asked: list[Any] = []
 
-    def chosen(shards: Any, others: int, number: int, handle: Any, device: Any) -> int:
+    def chosen(shards: Any, others: int, number: int, *rest: Any) -> int:
+        assert rest == (group.handle, CPU, 4)
         asked.append((len(shards), shards[0].rows, shards[0].columns, others, number))
         return 6 if len(asked) == 1 else 0
 

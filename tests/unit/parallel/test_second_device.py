@@ -237,7 +237,8 @@ def test_advice_is_measured_on_the_device(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_one_reduction_decides_on_the_device() -> None:
-    mesh, scale = Mesh(world=World(device=SECOND)), Scale(finite=False)
+    mesh, scale = Mesh(world=World(device=SECOND)), Scale()
+    scale.note(torch.tensor(math.inf, device=SECOND))
     vote = Vote(losses=[{"loss": torch.tensor(3.0, device=SECOND)}])
     squares = [torch.tensor(16.0, device=SECOND)]
     decision = decide_update(squares, mesh, Scales([], {}), vote, accept_all)

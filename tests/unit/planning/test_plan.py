@@ -1,6 +1,7 @@
 """The parts of a plan: counting, schedules, kernels, links, the search and its verb."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ from core.memory import memory_unit, size_text
 from models.config import PriorConfig
 from models.counts import prior_parameters
 from parallel.balance import stage_layers
-from parallel.config import CompressConfig, EngineConfig, EngineName, MeshConfig
+from parallel.config import (
+    CPU_BUCKET,
+    GPU_BUCKET,
+    CompressConfig,
+    EngineConfig,
+    EngineName,
+    MeshConfig,
+)
 from parallel.mesh import RankCoordinates
 from parallel.placement import Placement
 from planning.calibration.calibrate import (
@@ -34,9 +42,9 @@ from planning.estimate.layers import Held, count_parameters, rank_layers
 from planning.estimate.memory import CATEGORIES, loads_of, rank_bytes
 from planning.estimate.pipeline_schedule import actions, crowded, play
 from planning.estimate.reserve import NCCL, PROCESS, nccl_bytes
-from planning.estimate.search import MOST_MICRO, Candidate, search, variants_of, weigh
+from planning.estimate.search import MOST_MICRO, Candidate, link_bucket, search, variants_of, weigh
 from planning.estimate.step_time import estimate
-from planning.estimate.zero_layout import BUCKET, factored, padded, touched
+from planning.estimate.zero_layout import bucket_of, factored, padded, touched
 from tests.harness import tapir
 
 TINY = settings_of("tiny")
@@ -138,10 +146,20 @@ def test_calibration_finds_pythons_cost() -> None:
     assert fitted == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_bucket_is_the_engines() -> None:
-    from parallel.engines.deepspeed import engine as deepspeed_engine
-
-    assert deepspeed_engine.BUCKET == BUCKET
+def test_buckets_are_named_by_the_link() -> None:
+    """5% of a bucket's time is latency: 20 x rate x latency x hops bytes, in fp32."""
+    h100, cpu = hardware_of("h100"), hardware_of("cpu")
+    inside = 20 * 0.8 * 450e9 * 8e-6 * 3 / 4  # 8 processors of a node, 3 hops
+    assert link_bucket(MeshConfig(data=8), 1, h100) == 2**25 == 2 ** round(math.log2(inside))
+    between = 20 * 0.8 * 400e9 / 2 * 15e-6 * 6 / 4  # 64 replicas, 2 groups share a node's network
+    mesh = MeshConfig(data=64, tensor=2)
+    assert link_bucket(mesh, 1, h100) == 2 ** min(26, round(math.log2(between)))
+    assert (
+        link_bucket(MeshConfig(data=8), 1, cpu) == link_bucket(MeshConfig(tensor=2), 1, h100) == 0
+    )
+    settings = replace(TINY, engine=EngineConfig(reduce_bucket_size=7))
+    assert (bucket_of(TINY), bucket_of(settings)) == (CPU_BUCKET, 7)
+    assert EngineConfig().bucket(gpu=True) == GPU_BUCKET
 
 
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=9), replicas=st.integers(1, 5))
