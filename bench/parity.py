@@ -88,12 +88,13 @@ def _zero(
     )
 
 
-def _torch(tensor: int = 1, data: int = 2, nodes: int = 1) -> Case:
-    name = f"TP{tensor}xDP{data}" if tensor > 1 else f"DP{data}"
+def _torch(tensor: int = 1, data: int = 2, nodes: int = 1, sequence: bool = False) -> Case:
+    shared = "SP" if sequence else "TP"
+    name = f"{shared}{tensor}xDP{data}" if tensor > 1 else f"DP{data}"
     layout = f"{nodes} nodes of {data // nodes}"
     return Case(
         name=f"{layout if nodes > 1 else name} torch",
-        mesh=MeshConfig(tensor=tensor, data=data, nodes=nodes),
+        mesh=MeshConfig(tensor=tensor, data=data, nodes=nodes, sequence_parallel=sequence),
         engine=EngineConfig(name="torch", gradient_accumulation_steps=2),
     )
 
@@ -118,6 +119,7 @@ CASES = [
     _pipe(tensor=2, sequence=True),
     _pipe(tensor=2, pipeline=2, sequence=True),
     *(_zero(stage, tensor=2, sequence=True) for stage in (1, 2, 3)),
+    _torch(tensor=2, sequence=True),
 ]
 """TP4 has padded heads: 6 heads become 8. SP: tensor ranks share the positions, too."""
 

@@ -187,6 +187,7 @@ CASES = [
     ),
     _case("torch, DP4", MeshConfig(data=4), "torch", precision="bf16"),
     _case("torch, TP2 x DP2", MeshConfig(tensor=2, data=2), "torch", WIDE, precision="bf16"),
+    _case("torch, SP2 x DP2", replace(TP2, data=2), "torch", WIDE, precision="bf16"),
     _case("torch, 2 nodes", MeshConfig(data=4, nodes=2), "torch", WIDE),
     _case("torch, 2 nodes, compressed", MeshConfig(data=4, nodes=2), "torch", WIDE, rank=16),
     _case(

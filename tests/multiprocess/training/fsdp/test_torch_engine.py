@@ -12,7 +12,7 @@ from parallel.config import CompressConfig, EngineConfig, MeshConfig
 from tests.multiprocess.training.by_hand import train_by_hand
 from tests.multiprocess.training.fsdp.poisoned import Report, train_poisoned
 
-MESHES = ["DP2 torch", "DP4 torch", "TP2xDP2 torch", "2 nodes of 2 torch"]
+MESHES = ["DP2 torch", "DP4 torch", "TP2xDP2 torch", "SP2xDP2 torch", "2 nodes of 2 torch"]
 RANK = CompressConfig(rank=8)
 LAST = 6
 """Steps of a run with a planted fault in its third one."""
