@@ -15,7 +15,8 @@ from models.config import LoraConfig
 from planning.config import ClusterFlags, DVAEFlags, ModelFlags, PlanFlags
 from planning.data_jobs import DataFlags, data_json, describe_data
 from planning.plan import make_plan, write_calibration
-from planning.report import plan_json, published_json, show, show_published
+from planning.published_report import published_json, show_published
+from planning.report import plan_json, show
 
 _USUAL, _JOBS, _MODEL, _DVAE = ClusterFlags(), DataFlags(), ModelFlags(), DVAEFlags()
 
@@ -52,7 +53,8 @@ def _given(
         preset: preset of a prior: tiny, small, paper_2_8b, paper_5_6b, paper_12b; or
             paper_dvae
         world: ranks; by default those of the preset's mesh
-        gpu: v100-16gb, v100-32gb, a100-40gb, a100-80gb, h100, or cpu for this machine
+        gpu: v100-16gb, v100-32gb, a100-40gb, a100-80gb, h100, h100-500w, or cpu for this
+            machine
         batch: samples a step; by default the preset's
         calibration: a file that --calibrate wrote, in place of the constants of --gpu cpu
         calibrate: measure this machine, which must be idle (some minutes), and write this

@@ -14,7 +14,6 @@ from planning.checkpoint_size import checkpoint_bytes
 from planning.config import ModelFlags
 from planning.estimate.hardware import Hardware
 from planning.estimate.memory import CATEGORIES
-from planning.estimate.published import RUNS, predict
 from planning.estimate.reserve import NCCL, PROCESS
 from planning.estimate.search import Candidate, SearchResult, Timed, beside, layout_name
 from planning.estimate.zero_layout import stage_of_zero
@@ -301,37 +300,3 @@ def _bytes_table(rows: list[Candidate]) -> Table:
         cells += [f"{row.start.node / size:.0f}"] if row.start else []
         table.add_row(_mesh(row), _short(row), *cells)
     return table
-
-
-def published_json() -> dict[str, Any]:
-    """The published runs, predicted row by row."""
-    rows: list[dict[str, Any]] = []
-    for run in RUNS:
-        predicted = predict(run)
-        rows.append(
-            {
-                "run": run.name,
-                "tensor": run.tensor,
-                "pipeline": run.pipeline,
-                "gpus": run.gpus,
-                "micro_batch": predicted.micro,
-                "chunks": predicted.chunks,
-                "published_tflops": run.measured,
-                "predicted_tflops": predicted.tflops,
-                "error": predicted.tflops / run.measured - 1,
-            }
-        )
-    errors = [abs(row["error"]) for row in rows]
-    return {"rows": rows, "mean_error": sum(errors) / len(errors)}
-
-
-def show_published(published: dict[str, Any]) -> None:
-    """Print the predictions of `published_json` as a table."""
-    columns = (name.replace("_", " ") for name in published["rows"][0])
-    title = "TFLOP/s a GPU: Megatron-LM on A100-80GB (arXiv 2104.04473, table 1)"
-    table = _table(title, *columns)
-    for row in published["rows"]:
-        *cells, error = row.values()
-        texts = [f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in cells]
-        table.add_row(*texts, f"{error:+.1%}")
-    _console().print(table, f"mean error {published['mean_error']:.1%}")

@@ -17,53 +17,18 @@ the model and never looked at to make it.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
 
-Recompute = Literal["none", "selective", "full"]
-Attention = Literal["flash", "triton", "unfused"]
+from planning.estimate.overlapped.step import Sizes, Step
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """A dense decoder."""
-
-    hidden: int
-    heads: int
-    layers: int
-    groups: int
-    """Heads of keys and values."""
-    wide: int
-    """Width of the MLP."""
-    vocabulary: int
-    gated: bool = False
-    """Three matrices in the MLP, no biases, rotary positions, and an untied head."""
-    qk_norm: bool = False
-
-
-@dataclass(frozen=True, kw_only=True)
-class Run:
+class Run(Step):
     """A published run, and how its step was run."""
 
     source: str
     name: str
     gpu: str
     """Key of planning/estimate/hardware.py."""
-    sizes: Sizes
-    length: int
-    gpus: int
-    micro: int
-    """Samples of a micro-batch."""
-    accumulate: int
-    """Micro-batches a step, each with its own reduce-scatter."""
-    tensor: int = 1
-    stage: int = 3
-    """ZeRO's: 2 keeps the weights gathered between the passes."""
-    recompute: Recompute = "none"
-    attention: Attention = "flash"
-    compiled: bool = False
-    """torch.compile of each block."""
-    asynchronous: bool = False
-    """Tensor parallelism whose collectives run in pieces beside the matmuls."""
     measured: float
     """Tokens a second and GPU."""
     held_out: bool = False
