@@ -41,6 +41,8 @@ def layer(step: Step, hardware: Hardware, pairs: int = 0) -> Passes:
     again: Work = ()
     if step.recompute == "full":  # ends at the last saved tensor, before the last matmul
         again = (*every[:-1], *look, there)
+    elif step.recompute == "norms":
+        again = (*look, there)
     elif step.recompute == "selective":
         again = (*(k for name, k in products.items() if name in REPEATED), there)
     backward = (*gradients(every), *_attention(step, hardware, pairs, back=True), back)
@@ -54,7 +56,7 @@ def matmuls(step: Step) -> dict[str, Kernels]:
     def product(columns: int, inner: int) -> Kernels:
         return Kernels(rows=step.micro * step.length, columns=columns, inner=inner)
 
-    wide, narrow = s.wide // t, s.hidden // t
+    wide, narrow = s.wide // t, s.queries // t
     if not s.gated:
         return {
             "qkv": product(3 * narrow, s.hidden),
@@ -84,7 +86,7 @@ def gradients(forward: Work) -> Work:
 
 def _attention(step: Step, hardware: Hardware, pairs: int, *, back: bool) -> Work:
     s, rows = step.sizes, step.micro * step.length
-    heads, width = step.micro * s.heads // step.tensor, s.hidden // s.heads
+    heads, width = step.micro * s.heads // step.tensor, s.width
     moved = 8.0 * rows * s.hidden / step.tensor
     if step.attention == "unfused":
         return _unfused(step, heads, width, back=back)
@@ -121,7 +123,8 @@ def elementwise(step: Step) -> tuple[float, float]:
         wide = 8 * d if step.wide else 0.0  # the stream is read and written in fp32
         normed = 4 * turned if s.qk_norm else 0.0
         if not s.gated:
-            return 16 * d + wide + 4 * w, 24 * d + wide + 6 * w
+            # norms and GELU are computed again where the weights' gradients read them
+            return 16 * d + wide + 4 * w, 28 * d + wide + 8 * w
         return (
             16 * d + wide + 4 * turned + normed + 6 * w,
             24 * d + wide + 4 * turned + 2 * normed + 12 * w,

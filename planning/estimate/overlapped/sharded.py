@@ -15,6 +15,9 @@ HOP, NETWORK_HOP = 3.4e-6, 14e-6
 AHEAD = 2
 """Units whose weights are gathered at a time: the one that computes, and the next."""
 
+FEW = 3
+"""Micro-batches that are played; each further one takes as long as the last of them adds."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Unit:
@@ -48,27 +51,55 @@ def ring_seconds(count: float, ranks: int, hardware: Hardware, stride: int = 1) 
 
 
 def sharded_step(
-    units: Sequence[Unit], micro_batches: int, *, keeps: bool, update: float, hardware: Hardware
+    units: Sequence[Unit],
+    micro_batches: int,
+    *,
+    keeps: bool,
+    update: float,
+    hardware: Hardware,
+    beside: bool = True,
 ) -> Played:
-    """Play a step; `keeps`: weights stay gathered from the forward pass to the backward pass."""
+    """Play a step.
+
+    `keeps`: weights stay gathered from the forward pass to the backward pass. `beside`: collectives
+    inside a node run beside the passes; else they block them, as on gloo.
+    """
+    few = min(micro_batches, FEW)
+    link = MACHINE if beside else COMPUTE
+    played = _played(units, few, link, keeps=keeps, update=update, hardware=hardware)
+    if few == micro_batches:
+        return played
+    fewer = _played(units, few - 1, link, keeps=keeps, update=update, hardware=hardware)
+    return played.more(fewer, micro_batches - few)
+
+
+def _played(
+    units: Sequence[Unit],
+    micro_batches: int,
+    link: str,
+    *,
+    keeps: bool,
+    update: float,
+    hardware: Hardware,
+) -> Played:
     tasks, freed = Tasks(), -1
     reduced: list[int] = []
     for micro in range(micro_batches):
         last = micro == micro_batches - 1
-        freed, shards = _micro_batch(tasks, units, freed, keeps=keeps, last=last)
+        freed, shards = _micro_batch(tasks, link, units, freed, keeps=keeps, last=last)
         reduced += shards
     tasks.add(COMPUTE, update, *reduced)
     return play(tasks, contention(hardware))
 
 
 def _micro_batch(
-    tasks: Tasks, units: Sequence[Unit], freed: int, *, keeps: bool, last: bool
+    tasks: Tasks, link: str, units: Sequence[Unit], freed: int, *, keeps: bool, last: bool
 ) -> tuple[int, list[int]]:
     """Issue both passes: the number of the last computation, and those of the reductions."""
     computed: list[int] = []
     for unit in units:
         free = computed[-AHEAD] if len(computed) >= AHEAD and not keeps else freed
-        here = tasks.add(MACHINE, unit.gather, free)
+        here = tasks.add(link, unit.gather, free)
         computed.append(tasks.add(COMPUTE, unit.forward, here))
     shards: list[int] = []
     reduced: list[int] = []
@@ -77,13 +108,13 @@ def _micro_batch(
     for number, unit in enumerate(order):
         here = -1
         if not keeps and number:  # the last unit is still gathered
-            here = tasks.add(MACHINE, unit.gather, back[-AHEAD] if len(back) >= AHEAD else -1)
+            here = tasks.add(link, unit.gather, back[-AHEAD] if len(back) >= AHEAD else -1)
         if number:
-            shards.append(tasks.add(MACHINE, order[number - 1].scatter, back[-1]))
+            shards.append(tasks.add(link, order[number - 1].scatter, back[-1]))
         back.append(tasks.add(COMPUTE, unit.backward, here))
         if number:  # its factors wait for a shard: a pass later they hold up nothing
             reduced.append(_between(tasks, order[number - 1], shards[-1], last=last))
-    shards.append(tasks.add(MACHINE, order[-1].scatter, back[-1]))
+    shards.append(tasks.add(link, order[-1].scatter, back[-1]))
     reduced.append(_between(tasks, order[-1], shards[-1], last=last))
     return back[-1], reduced
 

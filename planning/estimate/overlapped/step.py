@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Literal
 
-Recompute = Literal["none", "selective", "full"]
+Recompute = Literal["none", "norms", "selective", "full"]
 Attention = Literal["flash", "triton", "flex", "unfused"]
-Schedule = Literal["1f1b", "interleaved", "zero-bubble"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +22,30 @@ class Sizes:
     gated: bool = False
     """Three matrices in the MLP, no biases, rotary positions, and an untied head."""
     qk_norm: bool = False
+    head: int = 0
+    """Channels of a head; 0 = hidden / heads. Heads that are padded for tensor parallelism have
+    more of them together than the stream."""
+
+    @property
+    def width(self) -> int:
+        """Channels of a head."""
+        return self.head or self.hidden // self.heads
+
+    @property
+    def queries(self) -> int:
+        """Channels of queries."""
+        return self.heads * self.width
 
     @property
     def keys(self) -> int:
         """Channels of keys, and of values."""
-        return self.groups * (self.hidden // self.heads)
+        return self.groups * self.width
 
     @property
     def matrices(self) -> int:
         """Parameters of a layer's matrices."""
         inner = 3 if self.gated else 2
-        return 2 * self.hidden * (self.hidden + self.keys) + inner * self.hidden * self.wide
+        return 2 * self.hidden * (self.queries + self.keys) + inner * self.hidden * self.wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,15 +61,12 @@ class Step:
     """Micro-batches a step; sharded weights are gathered, and gradients reduced, in each."""
     tensor: int = 1
     """Ranks that share each matmul, with sequence parallelism: norms and sums are shared too."""
-    pipeline: int = 1
-    schedule: Schedule = "1f1b"
-    chunks: int = 1
-    """Chunks of layers on each stage (interleaved, zero-bubble)."""
     stage: int = 3
     """ZeRO's: 3 gathers weights for each pass; 2 keeps them gathered between the passes; 1 shards
     the optimiser alone."""
     recompute: Recompute = "none"
-    """selective repeats every second matmul, and all that is no matmul or attention."""
+    """norms repeats all that is no matmul: norms, GELU, attention. selective repeats every second
+    matmul and all that is neither matmul nor attention, as torchtitan does. full repeats it all."""
     attention: Attention = "flash"
     compiled: bool = False
     """torch.compile of each block, or kernels that are fused by hand."""

@@ -50,6 +50,17 @@ class Played:
     ends: list[float]
     """End of each task."""
 
+    def more(self, fewer: "Played", times: int) -> "Played":
+        """The same with what this adds to `fewer` another `times`."""
+
+        def longer(name: str) -> float:
+            mine, less = getattr(self, name), getattr(fewer, name)
+            return float(mine + times * (mine - less))
+
+        names = ("seconds", "computed", "slowed", "waited")
+        busy = {k: v + times * (v - fewer.busy.get(k, 0.0)) for k, v in self.busy.items()}
+        return Played(**{name: longer(name) for name in names}, busy=busy, ends=self.ends)
+
 
 def play(tasks: Tasks, slowed: float) -> Played:
     """Play the tasks; computation beside a collective keeps 1 - `slowed` of its rate."""

@@ -9,7 +9,7 @@ from planning.estimate.overlapped.decoder import matmuls
 from planning.estimate.overlapped.sharded import ring_seconds
 from planning.estimate.overlapped.step import Step
 
-AGAIN = {"none": (0, 0), "selective": (2, 0), "full": (2, 1)}
+AGAIN = {"none": (0, 0), "norms": (2, 0), "selective": (2, 0), "full": (2, 1)}
 """Gathers and reduce-scatters that recompute repeats: it ends before the last reduce-scatter."""
 
 
