@@ -77,6 +77,11 @@ def layouts(settings: PriorTrain, world: int, hardware: Hardware) -> Iterator[li
     """Every mesh, each with its micro-batches, recompute, schedules and compression."""
     batch, heads = settings.loop.global_batch_size, settings.model.heads
     most = min(MOST_TENSOR, hardware.gpus_per_node, heads)
+
+    def dealt(replicas: int) -> bool:
+        """True if the replicas get equal parts of the batch and of the lanes."""
+        return batch % replicas == 0 and settings.order.lanes % replicas == 0
+
     tensors = [t for t in (1, 2, 4, 8) if world % t == 0 and t <= most]
     for t in tensors:
         replicas = world // t
@@ -85,12 +90,12 @@ def layouts(settings: PriorTrain, world: int, hardware: Hardware) -> Iterator[li
             local * nodes for nodes in MACHINES if replicas % (local * nodes) == 0
         }
         for shards in sorted(sizes - {1}):
-            if batch % replicas == 0 and replicas > 1:
+            if dealt(replicas) and replicas > 1:
                 base = Layout(tensor=t, replicas=replicas, shards=shards, samples=batch // replicas)
                 yield list(_sharded(base, settings))
         for p in range(2, min(settings.model.layers, world // t) + 1):
             replicas = world // (t * p)
-            if world % (t * p) == 0 and settings.model.layers % p == 0 and batch % replicas == 0:
+            if world % (t * p) == 0 and settings.model.layers % p == 0 and dealt(replicas):
                 base = Layout(tensor=t, pipeline=p, replicas=replicas, samples=batch // replicas)
                 yield list(_pipelines(base, settings))
 

@@ -126,7 +126,7 @@ def test_what_is_assumed_makes_a_step_faster(shard: Layout) -> None:
 
 
 def test_rough_and_played_steps_agree() -> None:
-    for group in list(layouts(SMALL, 64, H100))[::3]:
+    for group in list(layouts(SMALL, 64, H100))[::9]:
         for layout in group[:2]:
             played = estimate_torch(SMALL, layout, H100).seconds
             assert rough_torch(SMALL, layout, H100) == pytest.approx(played, rel=0.35)
