@@ -14,11 +14,13 @@ from planning.checkpoint_size import checkpoint_bytes
 from planning.config import ModelFlags
 from planning.estimate.hardware import Hardware
 from planning.estimate.memory import CATEGORIES
-from planning.estimate.published import RUNS, predict
+from planning.estimate.overlapped.search import TorchRow
 from planning.estimate.reserve import NCCL, PROCESS
 from planning.estimate.search import Candidate, SearchResult, Timed, beside, layout_name
 from planning.estimate.zero_layout import stage_of_zero
 from planning.start_up.model import SHARDS, start_costs
+from planning.tails import Tails, tails
+from planning.torch_report import show_torch, torch_json
 from training.config import DVAETrain, PriorTrain
 
 SHOWN = 8
@@ -28,10 +30,15 @@ WIDTH = 142
 
 
 def plan_json(
-    result: SearchResult, parameters: int, trained: int, hardware: Hardware
+    result: SearchResult,
+    parameters: int,
+    trained: int,
+    hardware: Hardware,
+    torch: list[TorchRow],
 ) -> dict[str, Any]:
     """The whole plan."""
     rows = [timed_json(row) for row in result.timed]
+    rest = tails_of(result, hardware)
     return {
         "fits": bool(rows),
         "parameters": parameters,
@@ -44,7 +51,20 @@ def plan_json(
         "best": rows[0] if rows else None,
         "alternatives": rows[1:],
         "rejected": [rejected_json(row, parameters) for row in result.rejected],
+        **({"torch": torch_json(torch)} if torch else {}),
+        **({"beside_steps": rest.json()} if rest else {}),
     }
+
+
+def tails_of(result: SearchResult, hardware: Hardware) -> Tails | None:
+    """What a prior's run does beside its steps, with the first candidate that fits."""
+    if not result.timed:
+        return None
+    candidate, estimate = result.timed[0].candidate, result.timed[0].estimate
+    stored = checkpoint_json(candidate)
+    if not isinstance(candidate.settings, PriorTrain) or not stored:
+        return None
+    return tails(candidate.settings, estimate.seconds, stored["total"], hardware)
 
 
 def candidate_json(candidate: Candidate) -> dict[str, Any]:
@@ -182,7 +202,13 @@ def rejected_json(row: Candidate, parameters: int) -> dict[str, Any]:
     }
 
 
-def show(result: SearchResult, parameters: int, trained: int, hardware: Hardware) -> None:
+def show(
+    result: SearchResult,
+    parameters: int,
+    trained: int,
+    hardware: Hardware,
+    torch: list[TorchRow],
+) -> None:
     """Print the plan as tables."""
     console = _console()
     if trained < parameters:
@@ -197,7 +223,10 @@ def show(result: SearchResult, parameters: int, trained: int, hardware: Hardware
             console.print(_stored(parts))
         if pictures := result.timed[0].estimate.decoding:
             console.print(pictures.text())
+        if rest := tails_of(result, hardware):
+            console.print(rest.text())
         console.print(_start(result.timed[0].candidate))
+        show_torch(console, torch)
     else:
         console.print(_title(result, parameters, hardware))
     rows = [row for row in _shown(result) if row.bytes_]
@@ -305,37 +334,3 @@ def _bytes_table(rows: list[Candidate]) -> Table:
         cells += [f"{row.start.node / size:.0f}"] if row.start else []
         table.add_row(_mesh(row), _short(row), *cells)
     return table
-
-
-def published_json() -> dict[str, Any]:
-    """The published runs, predicted row by row."""
-    rows: list[dict[str, Any]] = []
-    for run in RUNS:
-        predicted = predict(run)
-        rows.append(
-            {
-                "run": run.name,
-                "tensor": run.tensor,
-                "pipeline": run.pipeline,
-                "gpus": run.gpus,
-                "micro_batch": predicted.micro,
-                "chunks": predicted.chunks,
-                "published_tflops": run.measured,
-                "predicted_tflops": predicted.tflops,
-                "error": predicted.tflops / run.measured - 1,
-            }
-        )
-    errors = [abs(row["error"]) for row in rows]
-    return {"rows": rows, "mean_error": sum(errors) / len(errors)}
-
-
-def show_published(published: dict[str, Any]) -> None:
-    """Print the predictions of `published_json` as a table."""
-    columns = (name.replace("_", " ") for name in published["rows"][0])
-    title = "TFLOP/s a GPU: Megatron-LM on A100-80GB (arXiv 2104.04473, table 1)"
-    table = _table(title, *columns)
-    for row in published["rows"]:
-        *cells, error = row.values()
-        texts = [f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in cells]
-        table.add_row(*texts, f"{error:+.1%}")
-    _console().print(table, f"mean error {published['mean_error']:.1%}")

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
 
 from models.adapters import attach
 from models.attention.rotary import rotary_table
@@ -158,12 +159,26 @@ def _is_trained(parameter: nn.Parameter, name: str, training: Training) -> bool:
     return parameter.requires_grad and not frozen
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves weights as they are: drawing them on the meta device would import the compiler."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(function, "__name__", "") in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+_DRAWS = ("normal_", "uniform_", "kaiming_uniform_")
+
+
 @lru_cache(maxsize=16)
 def _modules(
     config: PriorConfig, rank: int, size: int, lora: LoraConfig, sequence: bool
 ) -> dict[str, nn.Module]:
     shard = FakeTensorParallel(rank, size, sequence)
-    with torch.device("meta"):
+    with torch.device("meta"), _Undrawn():
         modules: dict[str, nn.Module] = {
             "embedding": PriorEmbedding(config, shard),
             "block": _ShapeBlock(config, 1, shard),
