@@ -130,7 +130,7 @@ def _pass(
     scales: list[Scale] = list(stage.scales.values())
     seen = sum(scale.counters.seen for scale in scales)
     flushed = sum(scale.counters.flushed for scale in scales)
-    return {name: scale.finite for name, scale in stage.scales.items()}, flushed / seen, seen
+    return {name: bool(scale.finite) for name, scale in stage.scales.items()}, flushed / seen, seen
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -234,7 +234,10 @@ def keeps_of(config: PriorConfig, size: int, run: Run, marks: Marks = NOTHING) -
     of one kind of layer are right for that kind alone.
     """
     one, two = (_kept(config, size, run, samples, marks) for samples in (1, 2))
-    return {name: (two[name] - one[name], 2 * one[name] - two[name]) for name in one}
+    keeps = {name: (two[name] - one[name], 2 * one[name] - two[name]) for name in one}
+    if run.selective:  # changes blocks alone
+        keeps = keeps_of(config, size, replace(run, selective=False), marks) | keeps
+    return keeps
 
 
 def _kept(config: PriorConfig, size: int, run: Run, samples: int, marks: Marks) -> dict[str, int]:
@@ -264,23 +267,38 @@ def _kept(config: PriorConfig, size: int, run: Run, samples: int, marks: Marks) 
         if config.positions == "rotary":
             head = config.dim // config.heads
             outside += rotary_table(config.text_length, config.grid, config.grid_columns, head)
-        half = run.precision != "fp32"
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            with noted(totals, "embedding", outside):
-                modules["embedding"](batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=run.precision != "fp32"):
             with noted(totals, "attention", outside):
                 y = block._look_back(x)
             with noted(totals, "mlp", outside):
                 block._transform(y)
-        with (
-            torch.autocast("cpu", torch.bfloat16, enabled=run.precision == "bf16"),
-            noted(totals, "head", outside),
-        ):
-            logits = modules["head"](x)
-        with noted(totals, "loss", outside):
-            prior_loss(logits, batch, config.text_weight)
+        if not run.selective:
+            _note_ends(totals, modules, batch, x, run.precision, outside)
     totals["block"] = totals["attention"] + totals["mlp"]
     return totals
+
+
+def _note_ends(
+    totals: dict[str, int],
+    modules: dict[str, nn.Module],
+    batch: dict[str, Tensor],
+    x: Tensor,
+    precision: str,
+    outside: Sequence[Tensor],
+) -> None:
+    """Note what the embedding, the head and the loss keep."""
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"),
+        noted(totals, "embedding", outside),
+    ):
+        modules["embedding"](batch)
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+        noted(totals, "head", outside),
+    ):
+        logits = modules["head"](x)
+    with noted(totals, "loss", outside):
+        prior_loss(logits, batch, 0.5)
 
 
 @contextmanager

@@ -87,7 +87,7 @@ def search(settings: PriorTrain, world: int, hardware: Hardware) -> SearchResult
     """Estimate all layouts of the preset on `world` ranks."""
     timed, rejected = [], []
     for layout in layouts(settings, world, hardware):
-        candidates = [weigh(candidate, world, hardware) for candidate in variants_of(layout)]
+        candidates = _weighed(layout, world, hardware)
         fitting = [candidate for candidate in candidates if not candidate.why]
         if not fitting:
             rejected.append(
@@ -101,6 +101,17 @@ def search(settings: PriorTrain, world: int, hardware: Hardware) -> SearchResult
     timed.sort(key=lambda row: row.estimate.seconds)
     rejected.sort(key=lambda candidate: candidate.total)
     return SearchResult(timed=timed, rejected=rejected)
+
+
+def _weighed(layout: PriorTrain, world: int, hardware: Hardware) -> list[Candidate]:
+    """The variants of a layout, without those that recompute more than has to be."""
+    candidates, fitting = [], set()
+    for settings in variants_of(layout):
+        alike = settings.engine.gradient_accumulation_steps, settings.compress
+        if alike not in fitting:
+            candidates.append(weigh(settings, world, hardware))
+            fitting |= set() if candidates[-1].why else {alike}
+    return candidates
 
 
 def layouts(settings: PriorTrain, world: int, hardware: Hardware) -> Iterator[PriorTrain]:

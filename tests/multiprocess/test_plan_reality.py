@@ -190,14 +190,7 @@ CASES = [
     _case("torch, SP2 x DP2", replace(TP2, data=2), "torch", WIDE, precision="bf16"),
     _case("torch, 2 nodes", MeshConfig(data=4, nodes=2), "torch", WIDE),
     _case("torch, 2 nodes, compressed", MeshConfig(data=4, nodes=2), "torch", WIDE, rank=16),
-    _case(
-        "SP2 x DP2, ZeRO-3",
-        replace(TP2, data=2),
-        "deepspeed_zero",
-        WIDE,
-        zero_stage=3,
-        reduce_bucket_size=2**17,
-    ),
+    _case("SP2 x DP2, ZeRO-3", replace(TP2, data=2), "deepspeed_zero", WIDE, zero_stage=3),
     _case("PP2, modern", MeshConfig(pipeline=2), "deepspeed_pipe", replace(SMALL, **MODERN)),
 ]
 """Those of ZeRO-3 come last among 4 ranks: DeepSpeed then replaces torch's linear function by one
