@@ -83,6 +83,7 @@ CASES = [
     _case("plain", MeshConfig(data=2), "reference"),
     _case("plain, compressed", MeshConfig(data=2), "reference", rank=8, precision="bf16"),
     _case("plain, 16-bit factors", MeshConfig(data=2), "reference", rank=8, payload="bf16"),
+    _case("selective", MeshConfig(data=2), "reference", precision="bf16", **SELECTIVE),
     _case("ZeRO-1, buckets", MeshConfig(data=2), "deepspeed_zero", reduce_bucket_size=9000),
     _case("ZeRO-1, wide", MeshConfig(data=2), "deepspeed_zero", WIDE, precision="bf16"),
     _case("ZeRO-2", MeshConfig(data=2), "deepspeed_zero", zero_stage=2, moments="bf16"),
@@ -145,7 +146,6 @@ CASES = [
         zero_stage=2,
         **SELECTIVE,
     ),
-    _case("selective", MeshConfig(data=2), "reference", precision="bf16", **SELECTIVE),
     _case(
         "PP2 x DP2, compressed, frozen",
         MeshConfig(pipeline=2, data=2),
