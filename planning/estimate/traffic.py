@@ -144,6 +144,13 @@ def _stages(loads: Loads, tally: Tally) -> None:
     settings, config, at = loads.settings, loads.settings.model, loads.at
     mesh, times = settings.mesh, settings.engine.gradient_accumulation_steps
     numel = loads.micro * config.length * config.dim
+    if uses_fsdp(settings):
+        count = mesh.pipeline * settings.engine.virtual_stages
+        chunks = range(at.stage, count, mesh.pipeline)
+        calls = times * sum((i > 0) + (i < count - 1) for i in chunks)
+        for operation in ("isend", "irecv"):
+            tally.add("pipeline", operation, FLOAT * numel * calls, calls)
+        return
     first, last = at.stage == 0, at.stage == mesh.pipeline - 1
     neighbours = (not first) + (not last)
     part, calls = numel, 1
@@ -284,10 +291,12 @@ def _fsdp(loads: Loads, tally: Tally) -> None:
     """Engine torch: units gathered forward and backward, their gradients scattered and reduced."""
     settings, mesh = loads.settings, loads.settings.mesh
     times, shards = settings.engine.gradient_accumulation_steps, mesh.local
+    once = mesh.pipeline > 1  # gathered for all micro-batches, and scattered after them
+    times = 1 if once else times
     names = {name for name, _ in factored_names(loads)}
     for unit in units_of(settings, loads.layers):
         if shards > 1:
-            passes = times * (2 if unit.goes_back else 1)
+            passes = times * (2 if unit.goes_back and not once else 1)
             count = unit.width * unit.padded(shards) * passes
             tally.add("machine", "all_gather_into_tensor", count, passes)
         trained = {name: h for name, h in unit.matrices.items() if h.trained}
@@ -328,7 +337,8 @@ def _results(loads: Loads, tally: Tally) -> None:
         if settings.engine.name == "deepspeed_pipe":  # DeepSpeed's own mean
             tally.add("data", "all_reduce", FLOAT)
     if mesh.pipeline > 1:
-        counts = (2 * FLOAT, FLOAT * len(LOSSES))
+        own = () if uses_fsdp(settings) else (2 * FLOAT,)  # DeepSpeed's mean loss
+        counts = (*own, FLOAT * len(LOSSES))
         tally.add("pipeline", "broadcast", sum(counts), len(counts))
     half = settings.engine.precision == "fp16"
     branches = len(BRANCHES) * settings.model.layers if half else 0

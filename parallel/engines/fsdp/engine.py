@@ -8,6 +8,7 @@ backward pass goes on.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from core.errors import ConfigError
 from parallel.control import Vote
 from parallel.engines.frozen import trained
 from parallel.engines.fsdp.buckets import Buckets, Reduction
-from parallel.engines.fsdp.pipeline import Chunk, Pipeline, chunks_of
+from parallel.engines.fsdp.pipeline import Pipeline, chunks_of
 from parallel.engines.fsdp.units import Sharder, hollow
 from parallel.engines.modules import (
     build_compressor,
@@ -59,11 +60,9 @@ class TorchEngine:
         layers = [hollow(layer, device) for layer in program.layers]
         built = replace(program, layers=layers)
         cut = mesh.pipeline.size > 1
-        modules: list[Whole] | list[Chunk] = (
-            chunks_of(built, settings.engine, mesh)
-            if cut
-            else [Whole(built, settings.engine, None)]
-        )
+        chunks = chunks_of(built, settings.engine, mesh) if cut else []
+        self._whole = None if cut else Whole(built, settings.engine, None)
+        modules: list[Any] = [self._whole] if self._whole is not None else list(chunks)
         self._stages = [module.stage for module in modules]
         names = global_names(nn.ModuleDict(self.layers()))
         self._places = placements(names)
@@ -71,8 +70,7 @@ class TorchEngine:
         sharder = Sharder(program.layers, mesh.machine, settings.engine, device, keeps=cut)
         each = [sharder.shard(dict(m.stage.layers.items()), m) for m in modules]
         self._units = [unit for units in each for unit in units]
-        self._whole = None if cut else modules[0]
-        self._pipeline = Pipeline(program, modules, each, settings.engine, mesh) if cut else None
+        self._pipeline = Pipeline(program, chunks, each, settings.engine, mesh) if cut else None
         self._parts = {part.name: part for unit in self._units for part in unit.parts}
         self._masters = {
             name: self._parts[name].shard if name in self._parts else p for name, p in names.items()
@@ -94,7 +92,8 @@ class TorchEngine:
             device,
             bucket_of={p.name: unit.name for unit in self._units for p in unit.parts}.__getitem__,
         )
-        self._buckets = Buckets(self._units, scale_of, mesh, self._compressor)
+        shared = frozenset(program.tied) if cut else frozenset()
+        self._buckets = Buckets(self._units, scale_of, mesh, self._compressor, shared)
 
     def step(
         self, micro_batches: Sequence[Batch], lr: float, wants_stop: bool = False
@@ -119,6 +118,7 @@ class TorchEngine:
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Losses:
         if self._pipeline is None:
+            assert self._whole is not None, "without a pipeline there is one module"
             losses: Losses = self._whole(batch)
             return losses
         alone = Mesh(world=self._mesh.world, pipeline=self._mesh.pipeline)
@@ -180,6 +180,8 @@ class TorchEngine:
             (common, self._mesh.tensor),
             (shards, self._mesh.between),
         ]
+        shared = [part.shard for n, part in self._parts.items() if n in self._buckets.on_both_ends]
+        groups.append((list(shared), self._mesh.ends))
         return [(tensors, group) for tensors, group in groups if tensors]
 
     def layers(self) -> dict[str, nn.Module]:
@@ -221,6 +223,7 @@ class TorchEngine:
 
     def _backward(self, batch: Batch, micro_batches: int) -> Losses:
         """Accumulate the gradients of one of `micro_batches`; returns its losses."""
+        assert self._whole is not None, "without a pipeline there is one module"
         losses: Losses = self._whole(batch)
         (losses["loss"] / micro_batches).backward()
         for unit in self._units:
@@ -285,7 +288,9 @@ def _scales_by_parameter(
     """Parameter -> the gradient scale of its branch, in fp16: FSDP2 runs no hooks of parameters."""
     name_of = {id(parameter): name for name, parameter in names.items()}
     table: dict[str, Scale] = {}
-    held = {name: (stage, m) for stage in stages for name, m in stage.layers.items()}
+    held: dict[str, tuple[Stage, Any]] = {
+        name: (stage, m) for stage in stages for name, m in stage.layers.items()
+    }
     for layer in (layer for layer in program.layers if layer.name in held):
         stage, module = held[layer.name]
         for key, (_, parameters) in (module.branches() if layer.branches else {}).items():

@@ -174,7 +174,7 @@ class Pipeline:
         group, device = self._mesh.pipeline, self._mesh.world.device
         total = group.size * len(self._chunks)
         state = torch.empty(shape, device=device, requires_grad=True)
-        stages = []
+        stages: list[Any] = []
         for i, (chunk, units) in enumerate(zip(self._chunks, self._units, strict=True)):
             given = tuple(batch[name] for name in sorted(batch)) if chunk.first else (state,)
             made = torch.empty((), device=device, requires_grad=True) if chunk.last else state

@@ -154,6 +154,9 @@ class Sharder:
             shard = nn.Parameter(each.sharded_param._local_tensor, requires_grad=trained)
             place(shard, placement)
             parts.append(Part(name=full, shard=shard, start=start, padded=padded))
+        layer = self._layers.get(name)
+        if self._keeps and layer and layer.branches and self._half()[1]:
+            _round_gradients(wrapped)
         return Unit(name=name, module=wrapped, parts=tuple(parts))
 
     def _wrap(self, module: nn.Module, layer: Layer | None) -> Any:
@@ -219,6 +222,14 @@ def whole_parameters(units: Iterable[Unit]) -> list[nn.Parameter]:
 def _fsdp_params(module: Any) -> list[Any]:
     state = module._get_fsdp_state()
     return [each for group in state._fsdp_param_groups for each in group.fsdp_params]
+
+
+def _round_gradients(module: Any) -> None:
+    """Round each micro-batch's gradients to fp16, before they add up on whole parameters."""
+    module.unshard()
+    for each in _fsdp_params(module):
+        each._unsharded_param.register_hook(lambda gradient: gradient.half().float())
+    module.reshard()
 
 
 class _Allocates:
