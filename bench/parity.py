@@ -22,7 +22,7 @@ from core.keys import key_int
 from models.adapters import adapted
 from models.config import LoraConfig, PriorConfig
 from models.prior import prior_program
-from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig
+from parallel.config import CompressConfig, EngineConfig, MeshConfig, OptimConfig, Schedule
 from parallel.engines.frozen import freeze
 from parallel.engines.protocol import Batch, Engine, EngineSettings, Losses, Program
 from parallel.engines.registry import ENGINES, MEGATRON, build_engine
@@ -88,6 +88,14 @@ def _zero(
     )
 
 
+def _chunks(schedule: Schedule, chunks: int = 1, **mesh: int) -> Case:
+    name = "x".join(f"{axis[0].upper()}P{n}" for axis, n in mesh.items())
+    engine = EngineConfig(
+        name="torch", schedule=schedule, virtual_stages=chunks, gradient_accumulation_steps=4
+    )
+    return Case(name=f"{name} {schedule} torch", mesh=MeshConfig(**mesh), engine=engine)
+
+
 def _torch(tensor: int = 1, data: int = 2, nodes: int = 1, sequence: bool = False) -> Case:
     shared = "SP" if sequence else "TP"
     name = f"{shared}{tensor}xDP{data}" if tensor > 1 else f"DP{data}"
@@ -120,6 +128,14 @@ CASES = [
     _pipe(tensor=2, pipeline=2, sequence=True),
     *(_zero(stage, tensor=2, sequence=True) for stage in (1, 2, 3)),
     _torch(tensor=2, sequence=True),
+    _chunks("1f1b", pipeline=2),
+    _chunks("interleaved", 2, pipeline=2),
+    _chunks("zero-bubble", pipeline=2),
+    _chunks("zero-bubble", 2, tensor=2, pipeline=2, data=2),
+    _chunks("interleaved", 2, tensor=2, pipeline=2, data=2),
+    _chunks("1f1b", tensor=2, pipeline=2, data=2),
+    _chunks("1f1b", pipeline=4),
+    _chunks("zero-bubble", pipeline=4),
 ]
 """TP4 has padded heads: 6 heads become 8. SP: tensor ranks share the positions, too."""
 

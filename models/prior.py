@@ -307,6 +307,7 @@ def prior_program(config: PriorConfig, seed: int, tensor: TensorParallel | None 
         loss=partial(prior_loss, text_weight=config.text_weight),
         losses=LOSSES,
         compressed=COMPRESSED,
+        state=lambda batch: (len(batch["text"]), config.length, config.dim),
         tied=TABLES if config.tied else (),
     )
 

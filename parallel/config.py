@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+Schedule = Literal["1f1b", "interleaved", "zero-bubble"]
 EngineName = Literal["reference", "deepspeed_zero", "deepspeed_pipe", "torch"]
 CPU_BUCKET, GPU_BUCKET = 2**20, 2**24
 """Default elements of a gradient bucket: ZeRO allocates one, and on GPUs each is a collective."""
@@ -229,6 +230,11 @@ class EngineConfig:
     with tensor parallelism; each layer's reduction hidden behind the backward pass)."""
     zero_stage: int = 1
     """What deepspeed_zero shards over replicas: 1 = optimiser, 2 = gradients too, 3 = weights."""
+    schedule: Schedule = "1f1b"
+    """Order of a pipeline's passes, with engine torch. interleaved: each stage holds several chunks
+    of layers, which makes the bubble smaller; zero-bubble: gradients of weights fill it, too."""
+    virtual_stages: int = 1
+    """Chunks of layers on each stage, with interleaved and zero-bubble."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per step on each replica; a pipeline's stages work on them concurrently."""
     reduce_bucket_size: int = 0
@@ -294,10 +300,11 @@ class EngineConfig:
                 "engine.name=reference has no tensor or pipeline ranks; use --engine.name "
                 + ("deepspeed_pipe" if mesh.pipeline > 1 else "deepspeed_zero")
             )
-        if self.name in ("deepspeed_zero", "torch") and mesh.pipeline > 1:
+        if self.name == "deepspeed_zero" and mesh.pipeline > 1:
             problems.append(
-                f"engine.name={self.name} has no pipeline; use --engine.name deepspeed_pipe"
+                "engine.name=deepspeed_zero has no pipeline; use --engine.name deepspeed_pipe"
             )
+        problems += self._of_schedule(mesh)
         if self.name == "deepspeed_pipe" and self.zero_stage != 1:
             problems.append(
                 f"engine.zero_stage={self.zero_stage} does not go with a pipeline: DeepSpeed "
@@ -308,11 +315,11 @@ class EngineConfig:
                 f"engine.name={self.name} needs at least 2 ranks, e.g. mesh.data=2; "
                 "on one process use --engine.name reference"
             )
-        if mesh.nodes > 1 and not (self.shards_weights and mesh.tensor == 1):
+        if mesh.nodes > 1 and not (self.shards_weights and mesh.tensor * mesh.pipeline == 1):
             problems.append(
                 f"mesh.nodes={mesh.nodes} is the paper's layout: it needs --engine.name "
-                "torch, or deepspeed_zero --engine.zero-stage 3, and --mesh.tensor 1; otherwise "
-                "--mesh.nodes 1"
+                "torch, or deepspeed_zero --engine.zero-stage 3, and --mesh.tensor 1 "
+                "--mesh.pipeline 1; otherwise --mesh.nodes 1"
             )
         if compress and self.shards_weights and mesh.nodes == 1:
             problems.append(
@@ -324,4 +331,33 @@ class EngineConfig:
             problems.append(
                 "compress.rank: with mesh.data=1 no gradients are sent; set --compress.rank 0"
             )
+        return problems
+
+    def _of_schedule(self, mesh: MeshConfig) -> list[str]:
+        """What this schedule of a pipeline cannot do."""
+        problems, stages = [], mesh.pipeline
+        count, chunks = self.gradient_accumulation_steps, self.virtual_stages
+        if (self.schedule, chunks) != ("1f1b", 1) and not (self.name == "torch" and stages > 1):
+            problems.append(
+                f"engine.schedule={self.schedule} and engine.virtual_stages={chunks} are of "
+                "pipelines on torch's own stack; use --engine.name torch and --mesh.pipeline 2, or "
+                "--engine.schedule 1f1b --engine.virtual-stages 1"
+            )
+        elif chunks < 1 or (self.schedule, chunks > 1) in (("1f1b", True), ("interleaved", False)):
+            problems.append(
+                f"engine.virtual_stages={chunks} does not go with engine.schedule={self.schedule}; "
+                "interleaved has 2 or more, 1f1b has 1"
+            )
+        if self.schedule == "zero-bubble" and self.recompute:
+            problems.append(
+                "engine.schedule=zero-bubble splits the backward pass, and would recompute each "
+                "block for every linear (pytorch 136766); use --no-engine.recompute"
+            )
+        if self.name == "torch" and stages > 1:
+            rounds = max(1, count // stages)
+            if (self.schedule == "1f1b" and count < stages) or count % rounds:
+                problems.append(
+                    f"engine.gradient_accumulation_steps={count} does not fill {stages} stages; "
+                    f"try a multiple of {stages}"
+                )
         return problems

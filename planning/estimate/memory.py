@@ -86,15 +86,24 @@ def loads_of(settings: PriorTrain, at: RankCoordinates) -> Loads:
     """The layers and parameters of the rank at some coordinates."""
     mesh = settings.mesh
     training = training_of(settings)
-    layers, held = _held(settings.model, mesh.tensor, mesh.pipeline, at.shard, at.stage, training)
+    count, chunks = mesh.pipeline * settings.engine.virtual_stages, settings.engine.virtual_stages
+    mine = tuple(range(at.stage, count, mesh.pipeline)) if chunks > 1 else (at.stage,)
+    layers, held = _held(settings.model, mesh.tensor, count, at.shard, mine, training)
     return Loads(settings=settings, at=at, layers=layers, held=held)
 
 
 @lru_cache(maxsize=512)
 def _held(
-    config: PriorConfig, tensor: int, pipeline: int, shard: int, stage: int, training: Training
+    config: PriorConfig,
+    tensor: int,
+    count: int,
+    shard: int,
+    mine: tuple[int, ...],
+    training: Training,
 ) -> tuple[tuple[RankLayer, ...], dict[str, Held]]:
-    layers = tuple(stage_layers(rank_layers(config, shard, tensor, training), stage, pipeline))
+    """The layers of some chunks of `count`."""
+    whole = rank_layers(config, shard, tensor, training)
+    layers = tuple(layer for i in mine for layer in stage_layers(whole, i, count))
     return layers, named(layers)
 
 

@@ -13,10 +13,12 @@ def add_fsdp(loads: Loads, tally: Tally) -> None:
     """Engine torch: units gathered forward and backward, their gradients scattered and reduced."""
     settings, mesh = loads.settings, loads.settings.mesh
     times, shards = settings.engine.gradient_accumulation_steps, mesh.local
+    once = mesh.pipeline > 1  # gathered for all micro-batches, and scattered after them
+    times = 1 if once else times
     names = factored_names(settings, loads.held, loads.at)
     for unit in units_of(settings, loads.layers):
         if shards > 1:
-            passes = times * (2 if unit.goes_back else 1)
+            passes = times * (2 if unit.goes_back and not once else 1)
             count = unit.width * unit.padded(shards) * passes
             tally.add("machine", "all_gather_into_tensor", count, passes)
         trained = {name: h for name, h in unit.matrices.items() if h.trained}
