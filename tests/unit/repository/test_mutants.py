@@ -175,16 +175,16 @@ def test_survivors_are_known_or_new(
 
 @pytest.mark.seconds
 def test_what_others_take_of_a_core_is_not_a_forks_time() -> None:
-    """Four forks need 0.3 s of one core each: the last ends after 1.2 s, and its limit is 0.9 s."""
+    """Five forks need 0.6 s of one core each: the last ends after 3 s, and its limit is 2.4 s."""
     core = min(os.sched_getaffinity(0))
 
     def work(folder: Path) -> None:
         os.sched_setaffinity(0, {core})
-        while time.process_time() < 0.3:
+        while time.process_time() < 0.6:
             pass
 
-    ends = [status for _, _, status in run_forks(iter([(i, work, 0.9) for i in range(4)]), 4)]
-    assert ends == [0] * 4
+    ends = [status for _, _, status in run_forks(iter([(i, work, 2.4) for i in range(5)]), 5)]
+    assert ends == [0] * 5
 
 
 def test_forks_end_in_their_time_and_leave_nothing() -> None:
