@@ -66,6 +66,8 @@ class _Loop:
             Warm().run(files, partial(find, folder=folder))
 
         for _, folder, _ in run_forks(iter([("scout", work, _COLLECTING)]), 1):
+            if not (folder / "cold").exists():
+                raise SystemExit("the tests could not be collected: see above")
             return set((folder / "cold").read_text().split())
         return set()
 
