@@ -20,7 +20,7 @@ DOCS_STAMP := $(VENV)/.installed-docs
 SYSTEM := npm:npm ip:iproute2 /usr/share/wordnet/data.noun:wordnet-base \
 	chromium:chromium /usr/sbin/slurmctld:slurm-wlm /usr/sbin/munged:munge cc:gcc
 
-.PHONY: install system demo weights docs test test-slow test-fast check faults soak matrix mutants slurm \
+.PHONY: install system demo weights docs test test-slow test-fast check faults faults-torch soak matrix mutants slurm \
 	bench gpu wheels py312 clean
 
 install: $(STAMP)
@@ -84,6 +84,10 @@ $(DOCS_STAMP): $(STAMP) requirements-docs.txt
 faults: $(DEV_STAMP)
 	TAPIR_OUTAGE=20 TAPIR_FORGIVEN=20 $(BIN)/python -m pytest tests/faults -m "not big"
 
+faults-torch: $(DEV_STAMP)
+	TAPIR_FAULTS_ENGINE=torch $(BIN)/python -m pytest tests/faults/test_survival.py \
+		tests/faults/test_kill_and_resume.py tests/faults/test_soak.py -m "not big"
+
 soak: $(DEV_STAMP)
 	TAPIR_SOAK_KILLS=$${KILLS:-30} $(BIN)/python -m pytest tests/faults/test_soak.py -m "not big"
 	TAPIR_ENDINGS=$${ENDINGS:-20} $(BIN)/python -m pytest tests/faults/test_endings.py -m "not big"
@@ -101,6 +105,7 @@ bench: $(DEV_STAMP) system
 	$(BIN)/python -m bench goodput --json
 	$(BIN)/python -m bench order --json
 	$(BIN)/python -m bench attention --json
+	$(BIN)/python -m bench orthogonal --json
 	$(BIN)/python -m bench train_step --json
 	$(BIN)/python -m bench dvae --json
 	$(BIN)/python -m bench bpe --json

@@ -46,6 +46,7 @@ def _variants(without_feedback: bool) -> dict[str, list[str]]:
     variants = {"fixed Q": [], "warm Q": ["--compress.warm-start"]}
     if without_feedback:
         variants["fixed Q, no error feedback"] = ["--compress.no-error-feedback"]
+        variants["fixed Q, 16-bit factors"] = ["--compress.payload=bf16"]
     return variants
 
 

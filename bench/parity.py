@@ -63,22 +63,39 @@ class Case:
         return Case(**{**vars(self), "name": f"{self.name} {precision}", "engine": engine})
 
 
-def _pipe(tensor: int = 1, pipeline: int = 1, data: int = 1, **engine: Any) -> Case:
+def _pipe(
+    tensor: int = 1, pipeline: int = 1, data: int = 1, sequence: bool = False, **engine: Any
+) -> Case:
+    shared = "SP" if sequence else "TP"
     name = "x".join(
-        f"{axis}{n}" for axis, n in (("TP", tensor), ("PP", pipeline), ("DP", data)) if n > 1
+        f"{axis}{n}" for axis, n in ((shared, tensor), ("PP", pipeline), ("DP", data)) if n > 1
     )
     settings = EngineConfig(name="deepspeed_pipe", gradient_accumulation_steps=4, **engine)
-    mesh = MeshConfig(tensor=tensor, pipeline=pipeline, data=data)
+    mesh = MeshConfig(tensor=tensor, pipeline=pipeline, data=data, sequence_parallel=sequence)
     return Case(name=f"{name} pipe", mesh=mesh, engine=settings)
 
 
-def _zero(stage: int, tensor: int = 1, data: int = 2, nodes: int = 1) -> Case:
-    name = f"TP{tensor}xDP{data}" if tensor > 1 else f"DP{data}"
+def _zero(
+    stage: int, tensor: int = 1, data: int = 2, nodes: int = 1, sequence: bool = False
+) -> Case:
+    shared = "SP" if sequence else "TP"
+    name = f"{shared}{tensor}xDP{data}" if tensor > 1 else f"DP{data}"
     layout = f"paper layout, {nodes} nodes of {data // nodes}"
     return Case(
         name=layout if nodes > 1 else f"{name} ZeRO-{stage}",
-        mesh=MeshConfig(tensor=tensor, data=data, nodes=nodes),
+        mesh=MeshConfig(tensor=tensor, data=data, nodes=nodes, sequence_parallel=sequence),
         engine=EngineConfig(name="deepspeed_zero", zero_stage=stage, gradient_accumulation_steps=2),
+    )
+
+
+def _torch(tensor: int = 1, data: int = 2, nodes: int = 1, sequence: bool = False) -> Case:
+    shared = "SP" if sequence else "TP"
+    name = f"{shared}{tensor}xDP{data}" if tensor > 1 else f"DP{data}"
+    layout = f"{nodes} nodes of {data // nodes}"
+    return Case(
+        name=f"{layout if nodes > 1 else name} torch",
+        mesh=MeshConfig(tensor=tensor, data=data, nodes=nodes, sequence_parallel=sequence),
+        engine=EngineConfig(name="torch", gradient_accumulation_steps=2),
     )
 
 
@@ -95,8 +112,16 @@ CASES = [
     *(_zero(stage) for stage in (1, 2, 3)),
     *(_zero(stage, tensor=2) for stage in (1, 2, 3)),
     _zero(3, data=4, nodes=2),
+    _torch(data=2),
+    _torch(data=4),
+    _torch(tensor=2, data=2),
+    _torch(data=4, nodes=2),
+    _pipe(tensor=2, sequence=True),
+    _pipe(tensor=2, pipeline=2, sequence=True),
+    *(_zero(stage, tensor=2, sequence=True) for stage in (1, 2, 3)),
+    _torch(tensor=2, sequence=True),
 ]
-"""TP4 has padded heads: 6 heads become 8."""
+"""TP4 has padded heads: 6 heads become 8. SP: tensor ranks share the positions, too."""
 
 
 def run() -> list[dict[str, Any]]:

@@ -122,14 +122,15 @@ def _pass(
 ) -> tuple[dict[str, bool], float, int]:
     """One backward pass a batch: which branches stayed finite, the share flushed, values seen."""
     for name, scale in stage.scales.items():
-        scale.value, scale.finite, scale.counters = values[name], True, Counters()
+        scale.value, scale.counters = values[name], Counters()
+        scale.flags.clear()
     for batch in probes:
         stage.zero_grad(set_to_none=True)
         prior_loss(stage(batch), batch, 0.125)["loss"].backward()
     scales: list[Scale] = list(stage.scales.values())
     seen = sum(scale.counters.seen for scale in scales)
     flushed = sum(scale.counters.flushed for scale in scales)
-    return {name: scale.finite for name, scale in stage.scales.items()}, flushed / seen, seen
+    return {name: bool(scale.finite) for name, scale in stage.scales.items()}, flushed / seen, seen
 
 
 def main() -> None:

@@ -12,12 +12,16 @@ from core.errors import EXIT_FAILED
 from core.flags import FLAT, PositionalText, parse, print_json
 from core.log import LOG
 from models.config import LoraConfig
-from planning.config import ClusterFlags, DVAEFlags, ModelFlags, PlanFlags
+from planning.config import ClusterFlags, DVAEFlags, ModelFlags, ModuleFlags, PlanFlags
 from planning.data_jobs import DataFlags, data_json, describe_data
+from planning.estimate.hardware import hardware_of
+from planning.modules.estimate import estimate_module, mesh_of
 from planning.plan import make_plan, write_calibration
-from planning.report import plan_json, published_json, show, show_published
+from planning.published_report import published_json, show_published
+from planning.report import plan_json, show
 
 _USUAL, _JOBS, _MODEL, _DVAE = ClusterFlags(), DataFlags(), ModelFlags(), DVAEFlags()
+_MODULE = ModuleFlags()
 
 
 def plan(arguments: list[str]) -> None:
@@ -38,6 +42,7 @@ def _given(
     json: bool = False,
     freeze: str = "",
     lora_rank: Annotated[int, tyro.conf.arg(name="lora.rank")] = 0,
+    module: Annotated[ModuleFlags, FLAT] = _MODULE,
     cluster: Annotated[ClusterFlags, FLAT] = _USUAL,
     jobs: Annotated[DataFlags, FLAT] = _JOBS,
     model: Annotated[ModelFlags, FLAT] = _MODEL,
@@ -52,7 +57,7 @@ def _given(
         preset: preset of a prior: tiny, small, paper_2_8b, paper_5_6b, paper_12b; or
             paper_dvae
         world: ranks; by default those of the preset's mesh
-        gpu: v100-16gb, v100-32gb, a100-40gb, a100-80gb, h100, or cpu for this machine
+        gpu: v100-16gb, v100-32gb, a100-40gb, a100-80gb, h100, h100-500w, or cpu: this machine
         batch: samples a step; by default the preset's
         calibration: a file that --calibrate wrote, in place of the constants of --gpu cpu
         calibrate: measure this machine, which must be idle (some minutes), and write this
@@ -62,6 +67,7 @@ def _given(
         json: print a JSON object on the last line
         freeze: as `tapir train --freeze`: parameters that are not trained
         lora_rank: as `tapir train prior --lora.rank`: rank of a prior's adapters
+        module: plan a torch module in place of a preset
         cluster: overrides of the default cluster of these GPUs
         model: options of the prior, as of `tapir train prior`
         dvae: options of the dVAE, as of `tapir train dvae`
@@ -83,11 +89,27 @@ def _run(flags: PlanFlags) -> None:
     elif flags.published:
         result = published_json()
         show_published(result)
+    elif flags.module.estimate:
+        _estimate(flags)
+        return
     else:
         _plan(flags)
         return
     if flags.json:
         print_json(result)
+
+
+def _estimate(flags: PlanFlags) -> None:
+    hardware = flags.cluster.applied(hardware_of(flags.gpu))
+    mesh = mesh_of(flags.module.mesh, flags.world)
+    check([*hardware.problems(), *mesh.problems()])
+    half = hardware.half_flops > hardware.full_flops and not hardware.cores
+    made = estimate_module(flags.module.estimate, mesh, hardware, half)
+    LOG.info("%s", made.text(hardware))
+    if flags.json:
+        print_json({"fits": made.fits(hardware), "gpu": hardware.name, **made.json()})
+    if not made.fits(hardware):
+        sys.exit(EXIT_FAILED)
 
 
 def _plan_jobs(flags: PlanFlags, jobs: DataFlags) -> None:
@@ -100,8 +122,9 @@ def _plan_jobs(flags: PlanFlags, jobs: DataFlags) -> None:
 
 def _plan(flags: PlanFlags) -> None:
     made = make_plan(flags)
-    show(made.result, made.parameters, made.trained, made.hardware)
+    shown = (made.result, made.parameters, made.trained, made.hardware, made.torch)
+    show(*shown)
     if flags.json:
-        print_json(plan_json(made.result, made.parameters, made.trained, made.hardware))
+        print_json(plan_json(*shown))
     if not made.result.timed:
         sys.exit(EXIT_FAILED)

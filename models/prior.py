@@ -5,7 +5,8 @@ start-of-image, the image without its last token. Position i predicts token i. P
 embedding per text position and is attended to, but is not a target of the text loss.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -30,6 +31,7 @@ from parallel.tensor.layers import (
     RowLinear,
     VocabularyEmbedding,
     VocabularyHead,
+    place_in_stream,
 )
 from parallel.tensor.ops import TensorParallel
 
@@ -48,7 +50,7 @@ class PriorEmbedding(nn.Module):
     def __init__(self, config: PriorConfig, tensor: TensorParallel) -> None:
         super().__init__()
         dim = config.dim
-        self.config = config
+        self.config, self._tensor = config, tensor
         self.text = VocabularyEmbedding(config.text_vocabulary, dim, tensor)
         self.pad = nn.Embedding(config.text_length, dim)
         self.image = VocabularyEmbedding(config.image_vocabulary, dim, tensor)
@@ -62,26 +64,27 @@ class PriorEmbedding(nn.Module):
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         text, image = self.embed_text(batch["text"]), self.embed_image(batch["image"])
-        return torch.cat([text, image], dim=1)
+        return self._tensor.assemble(torch.cat([text, image], dim=1))
 
     def embed_text(self, text: Tensor) -> Tensor:
         """Inputs of the text positions: start-of-text, then the text shifted by one."""
+        once = self._tensor.once
         tokens = self.text(text.clamp_min(0))
-        pads = self.pad.weight[None].expand_as(tokens)
+        pads = once(self.pad.weight)[None].expand_as(tokens)
         inputs = torch.where((text == PAD)[..., None], pads, tokens)
-        start = self.start.weight[0].expand(len(text), 1, -1)
+        start = once(self.start.weight)[0].expand(len(text), 1, -1)
         shifted = torch.cat([start, inputs[:, :-1]], dim=1)
-        return shifted + self.text_position.weight if self.learned else shifted
+        return shifted + once(self.text_position.weight) if self.learned else shifted
 
     def embed_image(self, image: Tensor) -> Tensor:
         """Inputs of the first image positions: start-of-image, then the codes shifted by one.
 
         Shapes: (B, n) codes -> (B, n, dim); only the first n - 1 codes are read.
         """
-        count = image.shape[1]
-        start = self.start.weight[1].expand(len(image), 1, -1)
+        count, once = image.shape[1], self._tensor.once
+        start = once(self.start.weight)[1].expand(len(image), 1, -1)
         shifted = torch.cat([start, self.image(image[:, : count - 1])], dim=1)
-        return shifted + self.positions()[:count] if self.learned else shifted
+        return shifted + once(self.positions())[:count] if self.learned else shifted
 
     def positions(self) -> Tensor:
         """Row + column embeddings in raster order, (grid * columns, dim)."""
@@ -126,8 +129,9 @@ class PriorBlock(Recomputed):
 
     def _look_back(self, x: Tensor) -> Tensor:
         """The attention resblock."""
-        q, k, v = self._heads(self.attention_branch.enter(x))
-        return x + self.attention_branch.leave(self._join(self._attend(q, k, v)))
+        q, k, v = self._project(self.attention_branch.enter(x))
+        attended = self.run_cheap(self._attended, q, k, v)
+        return x + self.attention_branch.leave(self.out(attended))
 
     def _transform(self, x: Tensor) -> Tensor:
         """The MLP resblock."""
@@ -149,10 +153,24 @@ class PriorBlock(Recomputed):
             return banded_attention(q, k, v, self._band)
         return flexible_attention(q, k, v, *self._shape)
 
+    @contextmanager
+    def _entered(self, norm: nn.Module, x: Tensor, uses: int) -> Iterator[tuple[Tensor, ...]]:
+        """Normed states for `uses` linears, which are called in the context."""
+        fused = isinstance(norm, nn.LayerNorm)  # keeps x alone, and two numbers a position
+        copies = self._tensor.enter(norm(x) if fused else self.run_cheap(norm, x), uses)
+        with self.rebuilt(copies[0], lambda y: self._tensor.enter(norm(y))[0], x):
+            yield copies
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values, (B, S, channels of this rank)."""
+        with self._entered(self.attention_norm, x, 3) as (a, b, c):
+            return self.q(a), self.k(b), self.v(c)
+
     def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        shape = (*x.shape[:2], -1, self._head)
-        x = self._tensor.enter(self.attention_norm(x))
-        q, k, v = (project(x).view(shape) for project in (self.q, self.k, self.v))
+        return self._by_head(*self._project(x))
+
+    def _by_head(self, *channels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = (x.unflatten(2, (-1, self._head)) for x in channels)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if self._turned is not None:
@@ -160,23 +178,39 @@ class PriorBlock(Recomputed):
             q, k = rotate(q, turns), rotate(k, turns)
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
+    def _attended(self, *channels: Tensor) -> Tensor:
+        return self._attend(*self._by_head(*channels)).transpose(1, 2).flatten(2)
+
     def _join(self, attended: Tensor) -> Tensor:
         out: Tensor = self.out(attended.transpose(1, 2).flatten(2))
         return out
 
     def _mlp(self, x: Tensor) -> Tensor:
-        x = self._tensor.enter(self.mlp_norm(x))
-        if self.gate is None:
-            wide = F.gelu(self.up(x), approximate="tanh")
-        else:
-            wide = F.silu(self.gate(x)) * self.up(x)
-        out: Tensor = self.down(wide)
+        lines = [line for line in (self.gate, self.up) if line is not None]
+        with self._entered(self.mlp_norm, x, len(lines)) as copies:
+            given = [line(copy) for line, copy in zip(lines, copies, strict=True)]
+        gated = self.gate is not None
+        wide = self.run_cheap(_gated, *given) if gated else _gelu(*given)
+        with self.rebuilt(wide, _gated if gated else _gelu, *given):
+            out: Tensor = self.down(wide)
         return out
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _gated(gate: Tensor, x: Tensor) -> Tensor:
+    return F.silu(gate) * x
 
 
 def norm_of(config: PriorConfig) -> nn.Module:
     """A norm of the residual stream."""
-    return nn.RMSNorm(config.dim, eps=EPS) if config.norm == "rms" else nn.LayerNorm(config.dim)
+    rms = config.norm == "rms"
+    norm = nn.RMSNorm(config.dim, eps=EPS) if rms else nn.LayerNorm(config.dim)
+    for parameter in norm.parameters():
+        place_in_stream(parameter)
+    return norm
 
 
 def _parameters(modules: Iterable[nn.Module | None]) -> list[nn.Parameter]:
@@ -216,7 +250,7 @@ class PriorHead(nn.Module):
         half = torch.is_autocast_enabled(device)
         half = half and torch.get_autocast_dtype(device) == torch.bfloat16
         with torch.autocast(device, enabled=False):
-            x = self._tensor.enter(self.norm(x.float()))
+            (x,) = self._tensor.enter(self.norm(x.float()))
             text, image = x[:, : self.text_length], x[:, self.text_length :]
             logits = self.text(text, half), self.image(image, half)
             return PriorLogits(text=logits[0], image=logits[1], tensor=self._tensor)

@@ -4,7 +4,9 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-EngineName = Literal["reference", "deepspeed_zero", "deepspeed_pipe"]
+EngineName = Literal["reference", "deepspeed_zero", "deepspeed_pipe", "torch"]
+CPU_BUCKET, GPU_BUCKET = 2**20, 2**24
+"""Default elements of a gradient bucket: ZeRO allocates one, and on GPUs each is a collective."""
 LEAST_GAIN = 1.25
 """Least speed-up for which `auto` chooses the less exact mode: 16 bits cost accuracy."""
 
@@ -19,6 +21,8 @@ class ModelSizes:
     """Layers that a pipeline can cut between."""
     cuttable: bool = False
     """True if the model's matrices can be cut over tensor ranks."""
+    positions: int = 1
+    """Positions of a sample's stream, which sequence parallelism cuts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +38,9 @@ class MeshConfig:
     nodes: int = 1
     """Nodes of the replicas; above 1, ZeRO-3 shards inside a node, and gradients are reduced (and
     compressed) between nodes."""
+    sequence_parallel: bool = False
+    """Tensor ranks share the positions of norms and residuals, too: less memory at equal traffic;
+    mesh.tensor must divide the positions of a sample."""
 
     @property
     def world(self) -> int:
@@ -67,6 +74,7 @@ class MeshConfig:
                 f"mesh.pipeline={self.pipeline} is more than {sizes.layers} layers; "
                 f"try {sizes.layers}"
             )
+        problems += self._sequence_problems(sizes)
         if self.data % self.nodes:
             divisors = [d for d in range(1, self.data + 1) if self.data % d == 0]
             near = min(divisors, key=lambda d: abs(d - self.nodes))
@@ -90,6 +98,23 @@ class MeshConfig:
                 f"needs {self.world} ranks, but {world} were started; {hint}"
             )
         return problems
+
+    def _sequence_problems(self, sizes: ModelSizes) -> list[str]:
+        if not self.sequence_parallel:
+            return []
+        if self.tensor == 1:
+            return [
+                "mesh.sequence_parallel shares positions between tensor ranks, and mesh.tensor is "
+                "1; set --mesh.tensor 2, or --mesh.no-sequence-parallel"
+            ]
+        if sizes.positions % self.tensor:
+            more = -sizes.positions % self.tensor
+            return [
+                f"mesh.sequence_parallel: mesh.tensor={self.tensor} does not divide the "
+                f"{sizes.positions} positions of a sample; use {more} more text positions, or "
+                "--mesh.no-sequence-parallel"
+            ]
+        return []
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,6 +199,15 @@ class CompressConfig:
     error_feedback: bool = True
     """Add the compression error of earlier steps to the next gradient."""
 
+    payload: Literal["fp32", "bf16"] = "fp32"
+    """Type of the factors that are sent; bf16 halves their bytes, and error feedback takes what
+    the rounding loses. All else is sent in fp32."""
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of a sent value of a factor."""
+        return 2 if self.payload == "bf16" else 4
+
     @property
     def on(self) -> bool:
         """True unless compression is switched off."""
@@ -190,19 +224,26 @@ class EngineConfig:
     """Which engine owns the training step."""
 
     name: EngineName = "reference"
-    """reference (plain torch), deepspeed_zero (ZeRO-1/2/3, with tensor parallelism) or
-    deepspeed_pipe (tensor x pipeline x data, ZeRO-1)."""
+    """reference (plain torch), deepspeed_zero (ZeRO-1/2/3, with tensor parallelism),
+    deepspeed_pipe (tensor x pipeline x data, ZeRO-1) or torch (FSDP2: weights sharded as in ZeRO-3,
+    with tensor parallelism; each layer's reduction hidden behind the backward pass)."""
     zero_stage: int = 1
     """What deepspeed_zero shards over replicas: 1 = optimiser, 2 = gradients too, 3 = weights."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per step on each replica; a pipeline's stages work on them concurrently."""
+    reduce_bucket_size: int = 0
+    """Elements of gradients that DeepSpeed reduces together, and of weights that it gathers: larger
+    ones take memory, smaller ones more of a link's latency; 0 = 2^20 on CPUs, 2^24 on GPUs."""
     recompute: bool = False
-    """Recompute each resblock's activations in the backward pass instead of keeping them."""
+    """Recompute activations in the backward pass instead of keeping them."""
+    recompute_granularity: Literal["full", "selective"] = "full"
+    """What `recompute` recomputes: full = each resblock from its input; selective = norms,
+    activation functions and attention of the prior, from the outputs of matmuls, which are kept."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "fp32"
     """auto: chosen before the first step and kept for the run: on CPUs the faster of fp32 and bf16
     by a matmul that all ranks time; on GPUs bf16 if supported. bf16: matmuls in bf16 with fp32
     accumulation. fp16: residual branches in fp16, each with its own gradient scale; emulated on
-    CPUs. In both, weights, moments, norms, logits and all-reduces stay fp32."""
+    CPUs. In both, weights, moments, norms, logits and sums of gradients stay fp32."""
     matmul_precision: Literal["auto", "highest", "medium"] = "auto"
     """fp32 matmuls, and on GPUs convolutions: highest = fp32 throughout; medium = TF32 on GPUs;
     auto = highest on GPUs; on CPUs medium if it is as accurate and faster in a matmul that all
@@ -211,11 +252,27 @@ class EngineConfig:
     """On GPUs: algorithms that give the same bits every time, so that a resumed run equals an
     unbroken one; off = maybe faster. CPUs always do."""
 
-    def problems(self, batch_per_replica: int, mesh: MeshConfig, compress: bool) -> list[str]:
-        """What this engine cannot do on this mesh, each with the nearest supported setting."""
+    @property
+    def shards_weights(self) -> bool:
+        """True if weights are sharded over the replicas of a node."""
+        return self.name == "torch" or (self.name == "deepspeed_zero" and self.zero_stage == 3)
+
+    def bucket(self, gpu: bool) -> int:
+        """Elements of a bucket on this kind of device."""
+        return self.reduce_bucket_size or (GPU_BUCKET if gpu else CPU_BUCKET)
+
+    @property
+    def selective(self) -> bool:
+        """True if not whole resblocks are recomputed."""
+        return self.recompute_granularity == "selective"
+
+    def _size_problems(self, batch_per_replica: int) -> list[str]:
         problems = []
-        if self.zero_stage not in (1, 2, 3):
-            problems.append(f"engine.zero_stage={self.zero_stage} must be 1, 2 or 3; try 1")
+        if self.reduce_bucket_size < 0:
+            problems.append(
+                f"engine.reduce_bucket_size={self.reduce_bucket_size} must not be negative; "
+                "0 = by the device"
+            )
         steps = self.gradient_accumulation_steps
         if steps < 1 or batch_per_replica % max(steps, 1):
             near = [n for n in range(1, batch_per_replica + 1) if batch_per_replica % n == 0]
@@ -224,14 +281,22 @@ class EngineConfig:
                 f"engine.gradient_accumulation_steps={steps} does not divide the "
                 f"{batch_per_replica} samples of a replica; try {best}"
             )
+        return problems
+
+    def problems(self, batch_per_replica: int, mesh: MeshConfig, compress: bool) -> list[str]:
+        """What this engine cannot do on this mesh, each with the nearest supported setting."""
+        problems = []
+        if self.zero_stage not in (1, 2, 3):
+            problems.append(f"engine.zero_stage={self.zero_stage} must be 1, 2 or 3; try 1")
+        problems += self._size_problems(batch_per_replica)
         if self.name == "reference" and mesh.tensor * mesh.pipeline > 1:
             problems.append(
                 "engine.name=reference has no tensor or pipeline ranks; use --engine.name "
                 + ("deepspeed_pipe" if mesh.pipeline > 1 else "deepspeed_zero")
             )
-        if self.name == "deepspeed_zero" and mesh.pipeline > 1:
+        if self.name in ("deepspeed_zero", "torch") and mesh.pipeline > 1:
             problems.append(
-                "engine.name=deepspeed_zero has no pipeline; use --engine.name deepspeed_pipe"
+                f"engine.name={self.name} has no pipeline; use --engine.name deepspeed_pipe"
             )
         if self.name == "deepspeed_pipe" and self.zero_stage != 1:
             problems.append(
@@ -243,16 +308,17 @@ class EngineConfig:
                 f"engine.name={self.name} needs at least 2 ranks, e.g. mesh.data=2; "
                 "on one process use --engine.name reference"
             )
-        layout = self.name == "deepspeed_zero" and self.zero_stage == 3
-        if mesh.nodes > 1 and not (layout and mesh.tensor == 1):
+        if mesh.nodes > 1 and not (self.shards_weights and mesh.tensor == 1):
             problems.append(
                 f"mesh.nodes={mesh.nodes} is the paper's layout: it needs --engine.name "
-                "deepspeed_zero --engine.zero-stage 3 --mesh.tensor 1; otherwise --mesh.nodes 1"
+                "torch, or deepspeed_zero --engine.zero-stage 3, and --mesh.tensor 1; otherwise "
+                "--mesh.nodes 1"
             )
-        if compress and layout and mesh.nodes == 1:
+        if compress and self.shards_weights and mesh.nodes == 1:
             problems.append(
-                "compress.rank: ZeRO-3 on one node keeps no replica whose gradients could be "
-                "compressed; set mesh.nodes, or --engine.zero-stage 1"
+                "compress.rank: weights sharded on one node leave no replica whose gradients could "
+                "be compressed; set mesh.nodes, or --engine.name deepspeed_zero "
+                "--engine.zero-stage 1"
             )
         elif compress and mesh.data == 1:
             problems.append(

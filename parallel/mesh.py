@@ -121,7 +121,8 @@ def build_mesh(config: MeshConfig, world: World) -> Mesh:
         built = megatron.megatron_groups(config.tensor, config.pipeline)
         groups = {axis: _checked(config, axis, built[axis], world.rank) for axis in AXES}
         groups["ends"] = _ends(built.get("ends"), groups["pipeline"])
-        shared = megatron.MegatronTensorParallel() if config.tensor > 1 else shared
+        if config.tensor > 1:
+            shared = megatron.MegatronTensorParallel(config.sequence_parallel)
     machine, between = groups["data"], Group()
     if config.nodes > 1:
         rows = np.asarray(axis_ranks(config, "data")).reshape(-1, config.nodes, config.local)

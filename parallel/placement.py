@@ -28,6 +28,9 @@ class Placement:
     """True if each tensor rank has rows of its own, False if all hold the same."""
     tied_to: str = ""
     """Global name of the parameter that this one is a copy of; empty = it is none."""
+    stream: bool = False
+    """A gain or bias of the residual stream: with sequence parallelism a tensor rank's gradient of
+    it comes from its own positions."""
 
     @property
     def numel(self) -> int:

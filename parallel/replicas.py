@@ -11,12 +11,25 @@ from torch import Tensor
 from parallel.mesh import Group
 
 
-def flat_average(tensors: Sequence[Tensor], group: "dist.ProcessGroup | None", size: int) -> Tensor:
-    """Concatenate tensors and average them over the `size` ranks of a group; None = one rank."""
+def flat_average(
+    tensors: Sequence[Tensor],
+    group: "dist.ProcessGroup | None",
+    size: int,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Concatenate tensors and average them over the `size` ranks of a group; None = one rank.
+
+    `dtype`: type in which they are sent and added up; the result has that of the tensors.
+    """
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
-    if group is not None:
-        dist.all_reduce(flat, group=group)
-        flat /= size
+    if group is None:
+        return flat
+    if dtype is not None and dtype != flat.dtype:
+        sent = (flat / size).to(dtype)
+        dist.all_reduce(sent, group=group)
+        return sent.to(flat.dtype)
+    dist.all_reduce(flat, group=group)
+    flat /= size
     return flat
 
 

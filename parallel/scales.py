@@ -47,9 +47,18 @@ class Scale:
     value: float = FIRST
     since_division: int = HOLD
     """Updates since its last division."""
-    finite: bool = True
-    """False if a parameter gradient of this branch was not finite since the last update."""
+    flags: list[Tensor] = field(default_factory=list)
+    """0-dim, of the parameter gradients since the last update: was each finite."""
     counters: Counters = field(default_factory=Counters)
+
+    @property
+    def finite(self) -> bool:
+        """False if a parameter gradient of this branch was not; waits for the device."""
+        return all(bool(flag) for flag in self.flags)
+
+    def note(self, gradient: Tensor) -> None:
+        """Remember whether a scaled gradient is finite, without waiting for the device."""
+        self.flags.append(torch.isfinite(gradient).all())
 
     def update(self, finite: bool) -> None:
         """Grow after a finite update, else divide, at most once per HOLD updates."""
@@ -60,7 +69,7 @@ class Scale:
             self.value *= SHRINK
             self.since_division = 0
         self.value = min(max(self.value, LEAST), MOST)
-        self.finite = True
+        self.flags.clear()
 
 
 class Branch(nn.Module):
@@ -94,7 +103,7 @@ class Branch(nn.Module):
             rounded = gradient.half() if gradient.dim() > 1 else gradient
             if self.count:
                 scale.counters.note(gradient, rounded)
-            scale.finite = scale.finite and bool(torch.isfinite(rounded).all())
+            scale.note(rounded)
             return rounded.float() / scale.value
 
         for parameter in parameters:
@@ -111,8 +120,11 @@ class Scales:
 
     def broken(self, device: torch.device) -> Tensor:
         """For each branch of the model, 1 if this rank's gradients were not finite: (branches,)."""
-        flags = [float(n in self.here and not self.here[n].finite) for n in self._everywhere]
-        return torch.tensor(flags, dtype=torch.float64, device=device)
+        fine = torch.ones((), dtype=torch.bool, device=device)
+        flags = [[fine, *(self.here[n].flags if n in self.here else ())] for n in self._everywhere]
+        if not flags:
+            return torch.zeros(0, dtype=torch.float64, device=device)
+        return torch.stack([torch.stack(row).all() for row in flags]).logical_not().double()
 
     def update(self, broken: Tensor) -> None:
         """Update every scale by the sum of `broken` over all ranks."""

@@ -120,6 +120,18 @@ _ANY_WEIGHTS = Path("vgg16")
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModuleFlags:
+    """A torch module in place of a preset."""
+
+    estimate: str = ""
+    """FILE.py:function that returns a torch module and one rank's batch: memory and time of its
+    training step."""
+    mesh: str = ""
+    """Of --estimate: data=N replicas, shards=M of them share weights (FSDP); by default --world
+    replicas."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PlanFlags:
     """All flags of `tapir plan`."""
 
@@ -130,6 +142,7 @@ class PlanFlags:
     calibration: Path | None = None
     calibrate: Path | None = None
     published: bool = False
+    module: ModuleFlags = field(default_factory=ModuleFlags)
     picture: Path | None = None
     json: bool = False
     freeze: str = ""
@@ -142,7 +155,10 @@ class PlanFlags:
         """Every problem at once."""
         if self.calibrate is not None or self.published:
             return self._unused()
+        if self.module.estimate:
+            return self._of_module()
         problems = self.cluster.problems() + self._sizes()
+        problems += ["--mesh is of --estimate; leave it out"] if self.module.mesh else []
         if self.gpu not in KNOWN and self.gpu not in SHORT:
             problems.append(
                 f"there is no hardware {self.gpu!r} (known: {', '.join([*SHORT, *KNOWN])})"
@@ -153,6 +169,16 @@ class PlanFlags:
             problems.append(f"--picture {self.picture}: the name must end in {', '.join(PICTURES)}")
         return problems
 
+    def _of_module(self) -> list[str]:
+        """Problems of --estimate, which plans a module in place of a preset."""
+        default = PlanFlags()
+        names = ("preset", "batch", "model", "dvae", "freeze", "lora", "picture", "calibration")
+        given = [name for name in names if getattr(self, name) != getattr(default, name)]
+        problems = [f"--estimate has no use for {', '.join(given)}; leave it out"] if given else []
+        if self.gpu not in KNOWN and self.gpu not in SHORT:
+            problems.append(f"there is no hardware {self.gpu!r} (known: {', '.join(KNOWN)})")
+        return problems + self.cluster.problems()
+
     def _unused(self) -> list[str]:
         """Problems of flags that --calibrate and --published do not use."""
         modes = {"calibrate": self.calibrate is not None, "published": self.published}
@@ -162,7 +188,7 @@ class PlanFlags:
         default = PlanFlags()
         given = [
             name
-            for name in (*_SIZES, "calibration", "picture", "cluster")
+            for name in (*_SIZES, "calibration", "picture", "cluster", "module")
             if getattr(self, name) != getattr(default, name)
         ]
         return [f"--{mode} has no use for {', '.join(given)}; leave it out"] if given else []

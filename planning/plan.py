@@ -1,6 +1,6 @@
 """`tapir plan`: a preset's fastest layouts on a cluster, and calibration of this machine."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryFile
 from typing import Any
@@ -20,6 +20,7 @@ from planning.estimate.layers import (
     rank_layers,
     training_of,
 )
+from planning.estimate.overlapped.search import TorchRow, search_torch
 from planning.estimate.search import SearchResult, search
 from training.config import DVAETrain
 
@@ -34,6 +35,8 @@ class Plan:
     trained: int
     """Parameters that are trained; of adapters, they are what a run saves."""
     hardware: Hardware
+    torch: list[TorchRow] = field(default_factory=list)
+    """Layouts of engine torch."""
 
 
 def make_plan(flags: PlanFlags) -> Plan:
@@ -48,18 +51,22 @@ def make_plan(flags: PlanFlags) -> Plan:
         _refuse_unwritable(flags.picture)
     settings = planned_settings(flags)
     world = flags.world or settings.mesh.world
+    rows: list[TorchRow] = []
     if isinstance(settings, DVAETrain):
         result, parameters = search_dvae(settings, world, hardware), dvae_parameters(settings.model)
         trained = dvae_trained(settings)
     else:
         result, parameters = search(settings, world, hardware), count_parameters(settings.model)
         trained = count_trained(settings)
+        rows = search_torch(settings, world, hardware)
     if flags.picture is not None:
         from planning.picture import draw  # noqa: PLC0415 - matplotlib takes a second
 
         draw(result, hardware, flags.picture)
         LOG.info("wrote %s", flags.picture)
-    return Plan(result=result, parameters=parameters, trained=trained, hardware=hardware)
+    return Plan(
+        result=result, parameters=parameters, trained=trained, hardware=hardware, torch=rows
+    )
 
 
 def planned_settings(flags: PlanFlags) -> Any:

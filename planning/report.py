@@ -14,11 +14,13 @@ from planning.checkpoint_size import checkpoint_bytes
 from planning.config import ModelFlags
 from planning.estimate.hardware import Hardware
 from planning.estimate.memory import CATEGORIES
-from planning.estimate.published import RUNS, predict
+from planning.estimate.overlapped.search import TorchRow
 from planning.estimate.reserve import NCCL, PROCESS
 from planning.estimate.search import Candidate, SearchResult, Timed, beside, layout_name
 from planning.estimate.zero_layout import stage_of_zero
 from planning.start_up.model import SHARDS, start_costs
+from planning.tails import Tails, tails
+from planning.torch_report import show_torch, torch_json
 from training.config import DVAETrain, PriorTrain
 
 SHOWN = 8
@@ -28,10 +30,15 @@ WIDTH = 142
 
 
 def plan_json(
-    result: SearchResult, parameters: int, trained: int, hardware: Hardware
+    result: SearchResult,
+    parameters: int,
+    trained: int,
+    hardware: Hardware,
+    torch: list[TorchRow],
 ) -> dict[str, Any]:
     """The whole plan."""
     rows = [timed_json(row) for row in result.timed]
+    rest = tails_of(result, hardware)
     return {
         "fits": bool(rows),
         "parameters": parameters,
@@ -44,7 +51,20 @@ def plan_json(
         "best": rows[0] if rows else None,
         "alternatives": rows[1:],
         "rejected": [rejected_json(row, parameters) for row in result.rejected],
+        **({"torch": torch_json(torch)} if torch else {}),
+        **({"beside_steps": rest.json()} if rest else {}),
     }
+
+
+def tails_of(result: SearchResult, hardware: Hardware) -> Tails | None:
+    """What a prior's run does beside its steps, with the first candidate that fits."""
+    if not result.timed:
+        return None
+    candidate, estimate = result.timed[0].candidate, result.timed[0].estimate
+    stored = checkpoint_json(candidate)
+    if not isinstance(candidate.settings, PriorTrain) or not stored:
+        return None
+    return tails(candidate.settings, estimate.seconds, stored["total"], hardware)
 
 
 def candidate_json(candidate: Candidate) -> dict[str, Any]:
@@ -65,7 +85,9 @@ def candidate_json(candidate: Candidate) -> dict[str, Any]:
         "micro_batch": micro,
         "gradient_accumulation_steps": engine.gradient_accumulation_steps,
         "recompute": engine.recompute,
+        "recompute_granularity": engine.recompute_granularity,
         "compress_rank": settings.compress.rank,
+        "compress_payload": settings.compress.payload,
         "moments": settings.optim.moments,
         "bytes": candidate.bytes_,
         "total_bytes": candidate.total,
@@ -113,18 +135,18 @@ def flags_of(candidate: Candidate) -> list[str]:
     """Flags of `tapir train prior PRESET`, or of a dVAE, for a candidate."""
     settings = candidate.settings
     mesh, engine = settings.mesh, settings.engine
-    flags = [f"--mesh.{name}={value}" for name, value in vars(mesh).items()]
+    flags = _given("mesh", mesh, vars(mesh))
     flags += [f"--engine.name={engine.name}", f"--engine.zero-stage={engine.zero_stage}"]
     flags += [
         f"--engine.gradient-accumulation-steps={engine.gradient_accumulation_steps}",
         f"--engine.precision={engine.precision}",
     ]
-    flags += ["--engine.recompute" if engine.recompute else "--engine.no-recompute"]
+    flags += _given("engine", engine, ("recompute", "recompute_granularity", "reduce_bucket_size"))
     flags += [f"--loop.global-batch-size={settings.loop.global_batch_size}", *_options(settings)]
     flags += [f"--freeze={settings.freeze}"] if settings.freeze else []
     if isinstance(settings, PriorTrain) and settings.lora.rank:
         flags += [f"--lora.rank={settings.lora.rank}", f"--lora.alpha={settings.lora.alpha:g}"]
-    return [*flags, f"--compress.rank={settings.compress.rank}"]
+    return [*flags, *_given("compress", settings.compress, ("rank", "payload"))]
 
 
 def _options(settings: PriorTrain | DVAETrain) -> list[str]:
@@ -134,14 +156,15 @@ def _options(settings: PriorTrain | DVAETrain) -> list[str]:
         flags += [f"--discriminator.weight={settings.discriminator.weight:g}"]
         names_by = {"gumbel": (), "vq": ("init", "vector"), "fsq": ("init", "levels")}
         names = names_by[settings.model.quantizer]
-        return [*flags, *_given(settings.model, ("quantizer", "codebook", *names))]
-    return _given(settings.model, [each.name for each in fields(ModelFlags)])
+        return [*flags, *_given("model", settings.model, ("quantizer", "codebook", *names))]
+    return _given("model", settings.model, [each.name for each in fields(ModelFlags)])
 
 
-def _given(model: Any, names: Iterable[str]) -> list[str]:
+def _given(part: str, config: Any, names: Iterable[str]) -> list[str]:
+    """Flags of some fields of one part of the settings."""
     flags = []
     for name in names:
-        value, flag = getattr(model, name), f"model.{name}"
+        value, flag = getattr(config, name), f"{part}.{name}"
         if isinstance(value, bool):
             flags.append(flag_text(flag, negated=not value))
         elif isinstance(value, tuple):
@@ -179,7 +202,13 @@ def rejected_json(row: Candidate, parameters: int) -> dict[str, Any]:
     }
 
 
-def show(result: SearchResult, parameters: int, trained: int, hardware: Hardware) -> None:
+def show(
+    result: SearchResult,
+    parameters: int,
+    trained: int,
+    hardware: Hardware,
+    torch: list[TorchRow],
+) -> None:
     """Print the plan as tables."""
     console = _console()
     if trained < parameters:
@@ -194,7 +223,10 @@ def show(result: SearchResult, parameters: int, trained: int, hardware: Hardware
             console.print(_stored(parts))
         if pictures := result.timed[0].estimate.decoding:
             console.print(pictures.text())
+        if rest := tails_of(result, hardware):
+            console.print(rest.text())
         console.print(_start(result.timed[0].candidate))
+        show_torch(console, torch)
     else:
         console.print(_title(result, parameters, hardware))
     rows = [row for row in _shown(result) if row.bytes_]
@@ -219,7 +251,8 @@ def _title(result: SearchResult, parameters: int, hardware: Hardware) -> str:
 
 def _mesh(candidate: Candidate) -> str:
     mesh = candidate.settings.mesh
-    return f"TP{mesh.tensor} PP{mesh.pipeline} DP{mesh.data}"
+    shared = "+SP" if mesh.sequence_parallel else ""
+    return f"TP{mesh.tensor}{shared} PP{mesh.pipeline} DP{mesh.data}"
 
 
 def _short(candidate: Candidate) -> str:
@@ -253,7 +286,7 @@ def _fitting(result: SearchResult, parameters: int, hardware: Hardware) -> Table
             _mesh(row.candidate),
             _short(row.candidate),
             f"{body['micro_batch']} x {body['gradient_accumulation_steps']}",
-            "yes" if body["recompute"] else "no",
+            body["recompute_granularity"] if body["recompute"] else "no",
             str(body["compress_rank"]),
             f"{row.candidate.total / size:.1f}",
             f"{estimate.seconds:.3g}",
@@ -301,37 +334,3 @@ def _bytes_table(rows: list[Candidate]) -> Table:
         cells += [f"{row.start.node / size:.0f}"] if row.start else []
         table.add_row(_mesh(row), _short(row), *cells)
     return table
-
-
-def published_json() -> dict[str, Any]:
-    """The published runs, predicted row by row."""
-    rows: list[dict[str, Any]] = []
-    for run in RUNS:
-        predicted = predict(run)
-        rows.append(
-            {
-                "run": run.name,
-                "tensor": run.tensor,
-                "pipeline": run.pipeline,
-                "gpus": run.gpus,
-                "micro_batch": predicted.micro,
-                "chunks": predicted.chunks,
-                "published_tflops": run.measured,
-                "predicted_tflops": predicted.tflops,
-                "error": predicted.tflops / run.measured - 1,
-            }
-        )
-    errors = [abs(row["error"]) for row in rows]
-    return {"rows": rows, "mean_error": sum(errors) / len(errors)}
-
-
-def show_published(published: dict[str, Any]) -> None:
-    """Print the predictions of `published_json` as a table."""
-    columns = (name.replace("_", " ") for name in published["rows"][0])
-    title = "TFLOP/s a GPU: Megatron-LM on A100-80GB (arXiv 2104.04473, table 1)"
-    table = _table(title, *columns)
-    for row in published["rows"]:
-        *cells, error = row.values()
-        texts = [f"{cell:.1f}" if isinstance(cell, float) else str(cell) for cell in cells]
-        table.add_row(*texts, f"{error:+.1%}")
-    _console().print(table, f"mean error {published['mean_error']:.1%}")

@@ -279,7 +279,10 @@ class PriorTrain(StageConfig):
     paper: none)."""
 
     def sizes(self) -> ModelSizes:
-        return ModelSizes(heads=self.model.heads, layers=self.model.layers, cuttable=True)
+        model = self.model
+        return ModelSizes(
+            heads=model.heads, layers=model.layers, cuttable=True, positions=model.length
+        )
 
     def model_problems(self) -> list[str]:
         problems = self.model.problems() + self.guard.without_codes()

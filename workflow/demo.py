@@ -3,6 +3,7 @@
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cluster.chain import Resources
 from cluster.object_server import object_server
@@ -88,7 +89,8 @@ def fitted(config: DemoConfig, gpus: int) -> DemoConfig:
     Without GPUs all ranks share the CPU.
     """
     flags = MESHES[config.mesh].items()
-    mesh = MeshConfig(**{k[5:]: int(v) for k, v in flags if k.startswith("mesh.")})
+    sizes: dict[str, Any] = {k[5:]: int(v) for k, v in flags if k.startswith("mesh.")}
+    mesh = MeshConfig(**sizes)
     if not gpu_problems(mesh.world, gpus):
         return config
     LOG.info("%d ranks need as many GPUs, %d visible: one rank trains", mesh.world, gpus)

@@ -6,7 +6,7 @@ from functools import partial
 import torch
 
 from bench.gpu.report import GpuReport, Target, at_least, rates, seconds
-from parallel.compress.powersgd import _orthonormal
+from parallel.compress.orthogonal import orthonormal
 
 
 def compression(report: GpuReport) -> None:
@@ -24,7 +24,7 @@ def compression(report: GpuReport) -> None:
             torch.bmm(p, q.mT)
 
         alone = statistics.median(seconds(products, device, 2, 5))
-        spent = seconds(partial(_orthonormal, p), device, 1, 3)
+        spent = seconds(partial(orthonormal, [p]), device, 1, 3)
         ratio, every = rates(alone, spent)
         name, beside = f"{dim} x {long} at {rank}", f"{statistics.median(spent) * 1e3:.2f} ms"
         report.row(
@@ -35,7 +35,7 @@ def compression(report: GpuReport) -> None:
             baseline=f"{beside}, the three fp32 products {alone * 1e3:.2f}",
             spread=every,
         )
-        basis = _orthonormal(p)[0].double()
+        basis = orthonormal([p])[0][0].double()
         off = basis.T @ basis - torch.eye(rank, device=device, dtype=torch.float64)
         report.row(
             f"{name}: furthest from orthonormal", float(off.abs().max()), "", Target(most=1e-5)

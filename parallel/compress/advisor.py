@@ -93,8 +93,12 @@ def advise(
     link: Link,
     shares: Sequence[float],
     device: torch.device,
+    payload: int = 4,
 ) -> list[Advice]:
-    """Estimate compression at some fractions of the width; `others` elements stay as they are."""
+    """Estimate compression at some fractions of the width; `others` elements stay as they are.
+
+    `payload`: bytes of a sent value of a factor.
+    """
     width = min(shard.oriented[0] for shard in shards) * parts
     raw = 4 * (sum(s.rows * s.columns for s in shards) + others)
     advice = []
@@ -102,7 +106,7 @@ def advise(
         total = max(parts, round(share * width))
         each = shard_rank(total, parts)
         sent = 4 * others
-        sent += 4 * sum(min(each, min(s.oriented)) * (s.rows + s.columns) for s in shards)
+        sent += payload * sum(min(each, min(s.oriented)) * (s.rows + s.columns) for s in shards)
         compute = measure_compute(shards, each, device)
         extra = compute + 2 * link.latency
         saved = (raw - sent) / link.bandwidth
@@ -125,10 +129,11 @@ def chosen_rank(
     parts: int,
     group: "dist.ProcessGroup",
     device: torch.device,
+    payload: int = 4,
 ) -> int:
     """The paper's rank if it saves time on this link, else 0; the same on every rank."""
     link = measure_link(group, device)
-    table = advise(shards, others, parts, link, SHARES, device) if shards else []
+    table = advise(shards, others, parts, link, SHARES, device, payload) if shards else []
     LOG.info("link: %.1f MB/s, latency %.2f ms", link.bandwidth / 1e6, 1e3 * link.latency)
     for row in table:
         LOG.info(

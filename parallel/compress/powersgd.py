@@ -7,7 +7,7 @@ paper's sums over nodes: P is orthogonalised, so its scale does not matter, and 
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,10 +15,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from core.keys import key_int
+from parallel.compress.orthogonal import orthonormal
 from parallel.replicas import copy_parts, flat_average
-
-SHIFT = 1e-6
-"""Added to P's diagonal, so that a zero gradient still has an orthonormal basis."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,9 +60,10 @@ class Reduced:
 
 
 @dataclass
-class _Batch:
-    """All shards of one oriented shape, stacked, with the factors of the current update."""
+class Stack:
+    """All shards of a bucket with one oriented shape, with the factors of the current update."""
 
+    bucket: str
     members: list[MatrixShard]
     error: Tensor
     """(n, short, long): error feedback, the residual of earlier updates."""
@@ -89,10 +88,15 @@ class PowerSGD:
         device: torch.device,
         warm_start: bool = False,
         error_feedback: bool = True,
+        bucket_of: Callable[[str], str] = lambda _: "",
+        payload: torch.dtype = torch.float32,
     ) -> None:
-        """`rank` is the rank of one shard: the config's total rank divided by the shards.
+        """`payload` is the type in which factors are sent; error feedback takes its rounding.
 
-        Buffers and gradients must be on `device`.
+        `rank` is the rank of one shard: the config's total rank divided by the shards.
+
+        Buffers and gradients must be on `device`. `bucket_of` a matrix's name: matrices of one
+        bucket can be reduced before the gradients of the others are known (overlapped.py).
         Raises: ValueError for a rank below 1.
         """
         if rank < 1:
@@ -100,44 +104,48 @@ class PowerSGD:
         self.rank, self._group, self._device = rank, group, device
         self._size = dist.get_world_size(group) if group is not None else 1
         self._warm, self._feedback = warm_start, error_feedback
-        by_shape: dict[tuple[int, int], list[MatrixShard]] = defaultdict(list)
+        self._payload = payload
+        alike: dict[tuple[str, tuple[int, int]], list[MatrixShard]] = defaultdict(list)
         for shard in shards:
-            by_shape[shard.oriented].append(shard)
+            alike[bucket_of(shard.name), shard.oriented].append(shard)
         self._batches = [
-            _Batch(
+            Stack(
+                bucket=bucket,
                 members=members,
                 error=torch.zeros(len(members), *shape, device=device),
                 q=torch.stack([_gaussian(m, shape, min(rank, shape[0]), seed) for m in members]).to(
                     device
                 ),
             )
-            for shape, members in by_shape.items()
+            for (bucket, shape), members in alike.items()
         ]
         self.names = frozenset(shard.name for shard in shards)
 
     @torch.no_grad()
-    def reduce(self, gradients: Mapping[str, Tensor]) -> Reduced:
-        """Average this rank's gradients over the group.
+    def reduce(self, gradients: Mapping[str, Tensor], finite: bool = True) -> Reduced:
+        """Average this rank's gradients over the group; waits for a GPU twice.
 
         Matrices go as two factors, in one all-reduce for all P and one for all Q; everything else,
-        and the flag of non-finite gradients, in one fp32 all-reduce.
+        and the flag of non-finite gradients, in one fp32 all-reduce. `finite`: False if gradients
+        that are reduced elsewhere are not finite.
         Shapes: a compressed gradient is (rows, columns); returns the same shapes, fp32.
         """
-        finite = _all_finite(gradients.values())
-        if finite:
-            self._accumulate(gradients)
+        here = _all_finite(gradients.values(), self._device) & finite
+        self._accumulate(gradients, here)
         for batch in self._batches:
             batch.p = batch.error @ batch.q
-        p_finite = self._average([batch.p for batch in self._batches])
-        for batch in self._batches:
-            batch.p = _orthonormal(batch.p)
+        factors = self._average([batch.p for batch in self._batches], self._payload)
+        for batch, basis in zip(
+            self._batches, orthonormal([batch.p for batch in self._batches]), strict=True
+        ):
+            batch.p = basis
             batch.q_mean = batch.error.transpose(1, 2) @ batch.p
-        q_finite = self._average([batch.q_mean for batch in self._batches])
+        factors &= self._average([batch.q_mean for batch in self._batches], self._payload)
         plain = {n: g.float() for n, g in gradients.items() if n not in self.names}
-        flag = torch.tensor([float(not finite)], device=self._device)
+        flag = (~here).float()[None]
         rest = [torch.nan_to_num(g, 0.0, 0.0, 0.0).clone() for g in plain.values()]
         self._average([*rest, flag])
-        everywhere = p_finite and q_finite and float(flag) == 0.0
+        usable, everywhere = torch.stack([factors, factors & (flag[0] == 0.0)]).tolist()
         means = dict(zip(plain, rest, strict=True))
         squares = {name: gradient.square().sum() for name, gradient in means.items()}
         for batch, i, member in self._members():
@@ -146,15 +154,15 @@ class PowerSGD:
             broken = torch.tensor(math.inf, device=self._device)
             squares = dict.fromkeys(squares, broken)
         for batch in self._batches:
-            self._finish(batch, p_finite and q_finite, means)
+            self._finish(batch, usable, means)
         raw = sum(gradient.numel() for gradient in gradients.values())
-        sent = sum(b.p.numel() + b.q_mean.numel() for b in self._batches)
-        sent += 1 + sum(t.numel() for t in rest)
+        sent = self._payload.itemsize * sum(b.p.numel() + b.q_mean.numel() for b in self._batches)
+        sent += 4 * (1 + sum(t.numel() for t in rest))
         return Reduced(
             gradients=means,
             squares=squares,
             raw_bytes=4 * raw,
-            sent_bytes=4 * sent,
+            sent_bytes=sent,
         )
 
     def errors(self) -> dict[str, Tensor]:
@@ -172,29 +180,32 @@ class PowerSGD:
             batch.error[i].copy_(_turn(errors[member.name], member))
             batch.q[i].copy_(bases[member.name])
 
-    def _members(self) -> list[tuple[_Batch, int, MatrixShard]]:
+    def _members(self) -> list[tuple[Stack, int, MatrixShard]]:
         return [(b, i, member) for b in self._batches for i, member in enumerate(b.members)]
 
-    def _accumulate(self, gradients: Mapping[str, Tensor]) -> None:
+    def _accumulate(self, gradients: Mapping[str, Tensor], finite: Tensor) -> None:
+        """Add the gradients to what is owed, if all of this rank's are finite."""
+        waits = finite.device.type == "cpu"
+        if waits and not finite:
+            return
         for batch, i, member in self._members():
             gradient = _turn(gradients[member.name].float(), member)
+            if not waits:
+                gradient = torch.where(finite, gradient, 0.0 if self._feedback else batch.error[i])
             if self._feedback:
                 batch.error[i] += gradient
             else:
                 batch.error[i] = gradient
 
-    def _average(self, tensors: list[Tensor]) -> bool:
+    def _average(self, tensors: list[Tensor], dtype: torch.dtype = torch.float32) -> Tensor:
         """Average tensors in place in one all-reduce; infinities are clamped. True if finite."""
         if not tensors:
-            return True
-        flat = flat_average(tensors, self._group, self._size)
-        finite = bool(torch.isfinite(flat).all())
-        if not finite:
-            flat = torch.nan_to_num(flat)
-        copy_parts(flat, tensors)
-        return finite
+            return _all_finite([], self._device)
+        flat = flat_average(tensors, self._group, self._size, dtype)
+        copy_parts(torch.nan_to_num(flat), tensors)
+        return torch.isfinite(flat).all()
 
-    def _finish(self, batch: _Batch, finite: bool, gradients: dict[str, Tensor]) -> None:
+    def _finish(self, batch: Stack, finite: bool, gradients: dict[str, Tensor]) -> None:
         """Add the decompressed gradients to `gradients`, and keep the residual as error."""
         mean = batch.p @ batch.q_mean.transpose(1, 2)
         for i, member in enumerate(batch.members):
@@ -217,18 +228,12 @@ def _gaussian(shard: MatrixShard, shape: tuple[int, int], rank: int, seed: int) 
     return torch.randn(shape[1], rank, generator=draws, device="cpu")
 
 
-def _orthonormal(p: Tensor) -> Tensor:
-    """Orthonormal columns that span P's, for a stack (n, rows, rank), by Householder."""
-    shifted = p.clone()
-    shifted.diagonal(dim1=1, dim2=2).add_(SHIFT)
-    basis: Tensor = torch.linalg.qr(shifted).Q
-    return basis
-
-
 def _turn(matrix: Tensor, shard: MatrixShard) -> Tensor:
     """Convert between (rows, columns) and (short, long); its own inverse."""
     return matrix if shard.rows <= shard.columns else matrix.T
 
 
-def _all_finite(tensors: Iterable[Tensor]) -> bool:
-    return all(bool(torch.isfinite(t).all()) for t in tensors)
+def _all_finite(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
+    """One flag on the device, without waiting for it."""
+    flags = [torch.isfinite(t).all() for t in tensors]
+    return torch.stack(flags).all() if flags else torch.ones((), dtype=torch.bool, device=device)

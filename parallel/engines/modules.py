@@ -1,7 +1,7 @@
 """Helpers of all engines: global norm and decision, mean losses, gradient compression."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -13,12 +13,14 @@ from checkpoint.format import Reader, StateSlice
 from core.errors import ConfigError
 from core.log import LOG
 from parallel.compress.advisor import chosen_rank
-from parallel.compress.powersgd import MatrixShard, PowerSGD, Reduced, shard_rank
+from parallel.compress.overlapped import OverlappedPowerSGD
+from parallel.compress.powersgd import MatrixShard, Reduced, shard_rank
 from parallel.control import FIELDS, Decision, Judge, Vote, decide
 from parallel.engines.error_buffers import mean_slices, own_slices, read_errors
 from parallel.engines.protocol import EngineSettings, Losses, Program
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement, placement_of
+from parallel.replicas import copy_parts, flat_average
 from parallel.scales import Scales
 
 BASIS, SCALE = "basis", "scale"
@@ -67,6 +69,19 @@ def decide_update(
     return decide(norm, shared[1 : 1 + FIELDS], judge)
 
 
+def add_stream_gradients(
+    gradients: Mapping[str, Tensor], places: Mapping[str, Placement], mesh: Mesh
+) -> None:
+    """Add up, over the tensor ranks, gradients that each has of its own positions only; in place.
+
+    Call it once a step, on gradients that are averaged over the replicas; tensor ranks must hold
+    the same partition of them. Without sequence parallelism it does nothing.
+    """
+    parts = [gradient for name, gradient in gradients.items() if places[name].stream]
+    if mesh.shared.sequence and any(part.numel() > 0 for part in parts):
+        copy_parts(flat_average(parts, mesh.tensor.handle, 1), parts)
+
+
 def scale_slices(scales: Scales, mesh: Mesh) -> Iterator[StateSlice]:
     """The gradient scales that this rank saves."""
     if mesh.data.rank == 0 and mesh.tensor.rank == 0:
@@ -103,9 +118,11 @@ def build_compressor(
     group: Group,
     parts: Group,
     device: torch.device,
+    bucket_of: Callable[[str], str] = lambda _: "",
 ) -> "Compressor | None":
     """Build PowerSGD over `group` for matrices that are sharded over `parts`; None if it is off.
 
+    `bucket_of` a matrix's name: an engine may reduce one bucket before the others are known.
     Raises: ConfigError if this program has no compressible matrices.
     """
     if not settings.compress.on:
@@ -118,9 +135,12 @@ def build_compressor(
     if rank == "auto":
         others = sum(p.numel for name, p in held.items() if name not in matrices)
         assert group.handle is not None, "config.problems() asks for at least two replicas"
-        rank = chosen_rank(shards, others, parts.size, group.handle, device)
+        each = settings.compress.payload_bytes
+        rank = chosen_rank(shards, others, parts.size, group.handle, device, each)
         LOG.info("compression auto: %s", f"rank {rank}" if rank else "off, it would cost time here")
-    return Compressor(matrices, shards, rank, settings, group, parts, device) if rank else None
+    if not rank:
+        return None
+    return Compressor(matrices, shards, rank, settings, group, parts, device, bucket_of)
 
 
 def _shards(matrices: Mapping[str, Placement], parts: Group) -> list[MatrixShard]:
@@ -142,11 +162,12 @@ class Compressor:
         group: Group,
         parts: Group,
         device: torch.device,
+        bucket_of: Callable[[str], str] = lambda _: "",
     ) -> None:
         """`rank` is the total rank, over the shards of a matrix."""
         self._matrices, self._group, self._parts = dict(matrices), group, parts
         self.rank = shard_rank(rank, parts.size)
-        self._powersgd = PowerSGD(
+        self._powersgd = OverlappedPowerSGD(
             shards,
             rank=self.rank,
             seed=settings.seed,
@@ -154,6 +175,8 @@ class Compressor:
             device=device,
             warm_start=settings.compress.warm_start,
             error_feedback=settings.compress.error_feedback,
+            bucket_of=bucket_of,
+            payload=torch.bfloat16 if settings.compress.payload == "bf16" else torch.float32,
         )
         self._warm = settings.compress.warm_start
         self._averages = averages_errors(settings.errors, group.size)
@@ -198,6 +221,26 @@ class Compressor:
             gradient.copy_(reduced.gradients[name].view_as(gradient))
         shares = [square / self._group.size for square in reduced.squares.values()]
         return shares, replace(reduced, gradients={})
+
+    @property
+    def names(self) -> frozenset[str]:
+        """The matrices that are compressed."""
+        return frozenset(self._matrices)
+
+    def start(self, bucket: str, gradients: Mapping[str, Tensor]) -> None:
+        """Begin to reduce the matrices of a bucket; `gradients` as in `reduce`."""
+        self._powersgd.start(bucket, self._compressed(gradients))
+
+    def finish(self) -> tuple[dict[str, Tensor], Tensor, int]:
+        """Wait for what was started: squares, a flag of all ranks, and bytes, as in PowerSGD."""
+        return self._powersgd.finish()
+
+    def settle(self, gradients: Mapping[str, Tensor], everywhere: bool, here: bool) -> None:
+        """Average gradients in place, and update the error buffers, as in PowerSGD."""
+        self._powersgd.settle(self._compressed(gradients), everywhere, here)
+
+    def _compressed(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {n: self._matrix(n, g) for n, g in gradients.items() if n in self._matrices}
 
     def facts(self, reductions: Sequence[Reduced]) -> dict[str, float]:
         """Metrics of a step: raw and sent bytes of its reductions, and the rank."""

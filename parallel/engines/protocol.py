@@ -7,6 +7,7 @@ of the layer before it.
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -20,6 +21,7 @@ from core.errors import ConfigError
 from parallel.adamw import AdamW, AdamW16
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
 from parallel.control import Judge, accept_all
+from parallel.engines.rebuilt import rebuilt
 from parallel.mesh import Group, Mesh
 from parallel.placement import Placement, global_names, move, placement_of, tie
 from parallel.scales import Scale, Scales
@@ -81,23 +83,49 @@ class EngineSettings:
 
 
 class Recomputed(nn.Module):
-    """A layer with activation checkpointing of each residual branch."""
+    """A layer with activation checkpointing: of each residual branch, or of cheap parts alone.
+
+    Nothing in a layer draws random numbers, so that no generator's state is kept.
+    """
 
     recompute = False
+    """Keep only the inputs of branches."""
+    selective = False
+    """Keep the outputs of matmuls; recompute norms, activation functions and attention."""
 
     def run_branch(self, branch: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Run a branch; if `recompute` is set, only its input is kept for the backward pass."""
         if self.recompute and torch.is_grad_enabled():
-            out: Tensor = checkpoint(branch, x, use_reentrant=False)
+            out: Tensor = checkpoint(branch, x, use_reentrant=False, preserve_rng_state=False)
             return out
         return branch(x)
+
+    def run_cheap(self, part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        """Run a part without matmuls of weights; if `selective`, only its inputs are kept."""
+        if self.selective and torch.is_grad_enabled():
+            out: Tensor = checkpoint(part, *inputs, use_reentrant=False, preserve_rng_state=False)
+            return out
+        return part(*inputs)
+
+    def rebuilt(
+        self, value: Tensor, again: Callable[..., Tensor], *inputs: Tensor
+    ) -> AbstractContextManager[None]:
+        """A context in which matmuls do not keep `value`; if `selective`, it is computed again."""
+        if self.selective and torch.is_grad_enabled():
+            return rebuilt(value, again, *inputs)
+        return nullcontext()
 
 
 class Stage(nn.Module):
     """Some consecutive layers of a program on a device, in the run's precision."""
 
-    def __init__(self, layers: Sequence[Layer], engine: EngineConfig, device: torch.device) -> None:
-        """Builds and moves one layer at a time, so that the host never holds several."""
+    def __init__(
+        self, layers: Sequence[Layer], engine: EngineConfig, device: torch.device | None
+    ) -> None:
+        """Builds and moves one layer at a time, so that the host never holds several.
+
+        `device`: None leaves each layer where it was built.
+        """
         super().__init__()
         if engine.precision == "auto":
             raise ConfigError(
@@ -106,18 +134,20 @@ class Stage(nn.Module):
             )
         self.layers = nn.ModuleDict()
         for layer in layers:
-            self.layers[layer.name] = move(layer.build(), device)
+            built = layer.build()
+            self.layers[layer.name] = move(built, device) if device else built
         tie(self.layers)  # type: ignore[arg-type]
         self._precision = engine.precision
         for module in self.layers.values():
             if isinstance(module, Recomputed):
-                module.recompute = engine.recompute
+                module.recompute = engine.recompute and not engine.selective
+                module.selective = engine.recompute and engine.selective
         self.scales: dict[str, Scale] = {}
         """The gradient scale of each residual branch; empty unless in fp16."""
         if engine.precision == "fp16":
             for layer in layers:
-                built: Any = self.layers[layer.name]
-                marks = built.branches() if layer.branches else {}
+                whole: Any = self.layers[layer.name]
+                marks = whole.branches() if layer.branches else {}
                 for key in layer.branches:
                     branch, parameters = marks[key]
                     self.scales[f"{layer.name}.{key}"] = Scale()
@@ -147,7 +177,7 @@ def scales_of(program: Program, here: dict[str, Scale], engine: EngineConfig) ->
 class Whole(nn.Module):
     """A program run on one process, layer after layer; returns its losses."""
 
-    def __init__(self, program: Program, engine: EngineConfig, device: torch.device) -> None:
+    def __init__(self, program: Program, engine: EngineConfig, device: torch.device | None) -> None:
         super().__init__()
         self.stage = Stage(program.layers, engine, device)
         self._loss = program.loss

@@ -7,6 +7,7 @@ ENGINES = {
     "reference": ("parallel.engines.reference", "ReferenceEngine"),
     "deepspeed_zero": ("parallel.engines.deepspeed.zero", "DeepSpeedZeroEngine"),
     "deepspeed_pipe": ("parallel.engines.deepspeed.pipe", "DeepSpeedPipeEngine"),
+    "torch": ("parallel.engines.fsdp.engine", "TorchEngine"),
 }
 MEGATRON = "parallel.tensor.megatron"
 """Imported only for tensor or pipeline parallelism."""

@@ -64,8 +64,8 @@ class ColumnLinear(nn.Module):
         out = F.linear(x, self.weight, self.bias)
         if self.lora_a is None:
             return out
-        # each rank's gradient of A comes from its own channels: `enter` sums them
-        low = F.linear(x, self._tensor.enter(self.lora_a))
+        # each rank's gradient of A comes from its own channels
+        low = F.linear(x, self._tensor.share(self.lora_a))
         return out + F.linear(self._scale * low, self.lora_b)
 
 
@@ -73,7 +73,7 @@ class RowLinear(nn.Module):
     """x W + b over this rank's rows of W: a part of the channels in, whole states out.
 
     Shapes: weight (inputs, outputs), so that the cut axis is the first one, as the paper cuts its
-    second MLP matrix (appendix E). The partial sums are added in fp32.
+    second MLP matrix (appendix E). The partial sums are added in the type of the matmul.
     """
 
     def __init__(self, inputs: int, outputs: int, tensor: TensorParallel, unit: int = 1) -> None:
@@ -86,6 +86,7 @@ class RowLinear(nn.Module):
             shape=(inputs, outputs), first=first, rows=rows, split=tensor.size > 1
         )
         place(self.weight, placement)
+        place_in_stream(self.bias)
         self.register_parameter("lora_a", None)
         self.register_parameter("lora_b", None)
 
@@ -105,25 +106,26 @@ class RowLinear(nn.Module):
         partial = torch.matmul(x, self.weight)
         if self.lora_a is not None:
             low = self._scale * torch.matmul(x, self.lora_a)
-            partial = partial + torch.matmul(low, self._tensor.enter(self.lora_b))
-        if self._tensor.size > 1:
-            partial = self._tensor.leave(partial.float())
-        return partial + self.bias
+            partial = partial + torch.matmul(low, self._tensor.share(self.lora_b))
+        return self._tensor.leave(partial) + self.bias
 
 
 class VocabularyEmbedding(nn.Module):
-    """A table of vectors cut along the vocabulary; ids -> vectors on every rank."""
+    """A table of vectors cut along the vocabulary; ids -> vectors on every rank.
+
+    With sequence parallelism `tensor.assemble` has to add the vectors of all ranks up.
+    """
 
     def __init__(self, entries: int, width: int, tensor: TensorParallel) -> None:
         super().__init__()
         first, rows, padded = rows_of(entries, 1, tensor.rank, tensor.size)
+        self._tensor = tensor
         self.table = tensor.embedding(padded * tensor.size, width)
         placement = Placement(shape=(entries, width), first=first, rows=rows, split=tensor.size > 1)
         place(cast(nn.Parameter, self.table.weight), placement)
 
     def forward(self, ids: Tensor) -> Tensor:
-        vectors: Tensor = self.table(ids)
-        return vectors
+        return self._tensor.look_up(self.table, ids)
 
 
 class VocabularyHead(ColumnLinear):
@@ -166,6 +168,11 @@ class HeadNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         wide = F.rms_norm(x.to(self.weight.dtype), (self._head,), eps=EPS)
         return (wide * self.weight.view(-1, self._head)).to(x.dtype)
+
+
+def place_in_stream(parameter: nn.Parameter) -> None:
+    """Place a gain or bias of the residual stream, which every tensor rank holds whole."""
+    place(parameter, replace(placement_of(parameter), stream=True))
 
 
 def _zeros(*shape: int) -> nn.Parameter:

@@ -1,17 +1,16 @@
 """megatron-core's process groups and tensor-parallel operations.
 
-Its region mappings, vocabulary-parallel embedding and cross-entropy are used. Its linears are not:
-their autograd function casts for CUDA only, so that bf16 fails on CPUs (docs/decisions/002).
+Its vocabulary-parallel embedding and cross-entropy are used. Its linears and sequence parallelism
+are not: their autograd functions are for CUDA only, and cut the first axis (docs/decisions/002).
 """
+
+from typing import cast
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from megatron.core import ModelParallelConfig, parallel_state
 from megatron.core.tensor_parallel import VocabParallelEmbedding, vocab_parallel_cross_entropy
-from megatron.core.tensor_parallel.mappings import (
-    copy_to_tensor_model_parallel_region,
-    reduce_from_tensor_model_parallel_region,
-)
 from torch import Tensor, nn
 
 from parallel.tensor.ops import TensorParallel
@@ -36,17 +35,36 @@ def megatron_groups(tensor: int, pipeline: int) -> dict[str, "dist.ProcessGroup"
 class MegatronTensorParallel(TensorParallel):
     """The tensor group of megatron-core's `parallel_state`."""
 
-    def __init__(self) -> None:
+    def __init__(self, sequence: bool = False) -> None:
         self.group = parallel_state.get_tensor_model_parallel_group()
         self.rank, self.size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        self.sequence = sequence
 
-    def enter(self, x: Tensor) -> Tensor:
-        out: Tensor = copy_to_tensor_model_parallel_region(x, self.group)
-        return out
+    def add_up(self, x: Tensor) -> Tensor:
+        dist.all_reduce(x, group=self.group)
+        return x
 
-    def leave(self, x: Tensor) -> Tensor:
-        out: Tensor = reduce_from_tensor_model_parallel_region(x.contiguous(), self.group)
-        return out
+    def gather_sequence(self, x: Tensor) -> Tensor:
+        samples, positions, width = x.shape
+        parts = x.new_empty(self.size * samples, positions, width)
+        dist.all_gather_into_tensor(parts, x.contiguous(), group=self.group)
+        whole: Tensor = parts.unflatten(0, (self.size, samples)).transpose(0, 1).flatten(1, 2)
+        return whole
+
+    def scatter_sum(self, x: Tensor) -> Tensor:
+        parts = x.unflatten(1, (self.size, -1)).transpose(0, 1).contiguous()
+        mine = torch.empty_like(parts[0])
+        dist.reduce_scatter_tensor(mine, parts.flatten(0, 1), group=self.group)
+        return mine
+
+    def look_up(self, table: nn.Module, ids: Tensor) -> Tensor:
+        if not self.sequence:
+            return super().look_up(table, ids)
+        weight = cast(Tensor, table.weight)
+        own = ids - self.rank * len(weight)
+        outside = (own < 0) | (own >= len(weight))
+        vectors = F.embedding(own.masked_fill(outside, 0), weight)
+        return vectors.masked_fill(outside[..., None], 0.0)
 
     def gather(self, x: Tensor) -> Tensor:
         parts = [torch.empty_like(x) for _ in range(self.size)]

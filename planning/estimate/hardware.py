@@ -183,6 +183,16 @@ _H100 = Hardware(
 )
 """SXM; 700 W do not feed all tensor cores at full clock, so they reach a smaller share."""
 
+_H100_500W = replace(
+    _H100,
+    name="h100-500w",
+    memory=96 * GB,
+    bandwidth=2400 * GB,
+    sustained=0.52,
+    host_memory=2048 * GIB,
+)
+"""Meta's Grand Teton: HBM2e, and 500 W of 700: tensor cores' rate falls as their power does."""
+
 _CPU = Hardware(
     name="cpu",
     half_flops=200e9,
@@ -213,6 +223,7 @@ KNOWN = {
         _a100(40, 1555 * GB, 3.0),
         _a100(80, 2039 * GB, 3.7),
         _H100,
+        _H100_500W,
         _CPU,
     )
 }

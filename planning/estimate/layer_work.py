@@ -4,6 +4,7 @@ Every micro-batch casts the weights to 16 bits again and adds 16-bit gradients t
 makes small micro-batches slow.
 """
 
+from collections import Counter
 from dataclasses import replace
 from functools import lru_cache
 
@@ -24,8 +25,10 @@ CAST, CAST_BACK = 6, 18
 """Bytes per weight: read fp32 and write 16 bits; cast the gradient back and add it to the sum."""
 UPDATE = 36
 """Bytes per element of AdamW: read and write weight, gradient, moments; read for the norm."""
-QR_SHARE = 0.05
-"""Fraction of the fp32 peak that orthogonalising tall matrices reaches."""
+QR_SHARE = 0.4
+"""Fraction of a core's fp32 peak that Householder's QR of tall matrices reaches (docs/LOG.md)."""
+WIDE = 2
+"""fp32 operations in the time of one in fp64, in which CholeskyQR2 runs."""
 
 
 @lru_cache(maxsize=64)
@@ -101,8 +104,15 @@ def _gradients(forward: Work, trained: float) -> Work:
     return tuple(kernels)
 
 
+def recomputed_work(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
+    """Kernels of a block that selective recompute runs again: all but the weights' matmuls."""
+    inside = [k for k in _block(loads, part, hardware)[1:-1] if not k.rows or k.moved]
+    return tuple(inside)
+
+
 def _block(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
-    config, split = loads.settings.model, loads.settings.mesh.tensor > 1
+    """A block's kernels: first the cast of the weights, last what adds to the residual stream."""
+    config, mesh = loads.settings.model, loads.settings.mesh
     half = loads.settings.engine.precision != "fp32"
     size = 2 if half else 4
     rows, dim = loads.micro * config.length, config.dim
@@ -116,7 +126,8 @@ def _block(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
     gated = config.mlp == "gated"
     # queries and keys are read and written again by each
     turned = 2 * (config.qk_norm + (config.positions == "rotary"))
-    joined = (22 if split else 12) * rows * dim  # cast, bias, residual
+    held_rows = rows // (mesh.tensor if mesh.sequence_parallel else 1)
+    joined = 12 * held_rows * dim  # bias, residual
     return (
         Kernels(moved=float(CAST * matrices if half else 0), times=1),
         Kernels(rows=rows, columns=inner, inner=dim, half=half, times=3),
@@ -131,8 +142,8 @@ def _block(loads: Loads, part: RankLayer, hardware: Hardware) -> Work:
         Kernels(rows=rows, columns=dim, inner=inner, half=half),
         Kernels(rows=rows, columns=wide, inner=dim, half=half, times=2 if gated else 1),
         Kernels(rows=rows, columns=dim, inner=wide, half=half),
-        Kernels(moved=8.0 * rows * dim, times=2),  # norms
-        Kernels(moved=(4.0 + size) * rows * dim, times=4 if half else 0),  # states to 16 bits
+        Kernels(moved=8.0 * held_rows * dim, times=2),  # norms
+        Kernels(moved=(4.0 + size) * held_rows * dim, times=2 if half else 0),  # to 16 bits
         Kernels(moved=2.0 * size * rows * inner),  # heads together
         Kernels(moved=(3.0 if gated else 2.0) * size * rows * wide),  # GELU, or silu(gate) * up
         Kernels(moved=2.0 * size * rows * inner, times=turned),
@@ -174,13 +185,28 @@ def update_work(elements: int) -> Work:
 
 
 def compression_work(loads: Loads, hardware: Hardware) -> Work:
-    """Kernels of PowerSGD: P, Q, the decompressed matrix and QR of each factored shard."""
+    """Kernels of PowerSGD: P, Q, the decompressed matrix and the basis of each factored shard."""
     kernels: list[Kernels] = []
-    for shard in factored(loads.settings, loads.held, loads.at):
+    shards = factored(loads.settings, loads.held, loads.at)
+    for shard, count in Counter(shards).items():
         short, long = sorted((shard.rows, shard.columns))
-        kernels.append(Kernels(rows=short, columns=long, inner=shard.rank, half=False, times=3))
-        basis = round(2 * shard.rank / QR_SHARE)
-        tall = 8.0 * short * shard.rank
-        kernels.append(Kernels(rows=short, columns=shard.rank, inner=basis, half=False, moved=tall))
-        kernels.append(Kernels(moved=28.0 * short * long))
+        products = Kernels(rows=short, columns=long, inner=shard.rank, half=False, times=3 * count)
+        kernels += [products, Kernels(moved=28.0 * short * long, times=count)]
+        kernels += _basis(short, shard.rank, count, hardware)
     return tuple(kernels)
+
+
+def _basis(rows: int, rank: int, count: int, hardware: Hardware) -> list[Kernels]:
+    """Orthogonalisation of `count` equal P, as parallel/compress/orthogonal.py chooses it.
+
+    CholeskyQR2 in fp64: two Gram matrices and two triangular solves in two passes.
+    """
+    tall = 8.0 * rows * rank
+    if not hardware.cores:
+        gram = Kernels(rows=rank, columns=rank, inner=WIDE * rows, batch=count, half=False, times=2)
+        solve = Kernels(
+            rows=rows, columns=rank, inner=WIDE * rank, batch=count, half=False, times=2
+        )
+        return [gram, solve, Kernels(moved=8 * tall * count)]
+    inner = round(2 * rank / QR_SHARE)
+    return [Kernels(rows=rows, columns=rank, inner=inner, half=False, moved=tall, times=count)]

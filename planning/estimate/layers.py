@@ -8,7 +8,7 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -16,11 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
 
 from models.adapters import attach
 from models.attention.rotary import rotary_table
 from models.config import LoraConfig, PriorConfig
 from models.prior import PriorBlock, PriorEmbedding, PriorHead, prior_layers, prior_loss
+from parallel.engines.rebuilt import watched
 from parallel.placement import Placement, placement_of
 from parallel.tensor.ops import TensorParallel
 from training.config import PriorTrain
@@ -32,8 +34,14 @@ Keeps = dict[str, tuple[int, int]]
 class FakeTensorParallel(TensorParallel):
     """One tensor-parallel rank without its group: layers get their shapes and reduce nothing."""
 
-    def __init__(self, rank: int, size: int) -> None:
-        self.rank, self.size = rank, size
+    def __init__(self, rank: int, size: int, sequence: bool = False) -> None:
+        self.rank, self.size, self.sequence = rank, size, sequence
+
+    def gather_sequence(self, x: Tensor) -> Tensor:
+        return x.new_empty(len(x), x.shape[1] * self.size, x.shape[2])
+
+    def scatter_sum(self, x: Tensor) -> Tensor:
+        return x.new_empty(len(x), x.shape[1] // self.size, x.shape[2])
 
     def embedding(self, rows: int, width: int) -> nn.Module:
         return nn.Embedding(rows // self.size, width)
@@ -132,7 +140,7 @@ def rank_layers(
 
     Blocks differ only in their masks' values, and in what is frozen.
     """
-    built = _modules(config, rank, size, training.lora)
+    built = _modules(config, rank, size, training.lora, False)
     layers = []
     for layer in prior_layers(config, 0, FakeTensorParallel(rank, size)):
         module = built[re.sub(r"\d", "", layer.name)]
@@ -151,10 +159,26 @@ def _is_trained(parameter: nn.Parameter, name: str, training: Training) -> bool:
     return parameter.requires_grad and not frozen
 
 
+class _Undrawn(TorchFunctionMode):
+    """Leaves weights as they are: drawing them on the meta device would import the compiler."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(function, "__name__", "") in _DRAWS:
+            return args[0] if args else kwargs["tensor"]
+        return function(*args, **(kwargs or {}))
+
+
+_DRAWS = ("normal_", "uniform_", "kaiming_uniform_")
+
+
 @lru_cache(maxsize=16)
-def _modules(config: PriorConfig, rank: int, size: int, lora: LoraConfig) -> dict[str, nn.Module]:
-    shard = FakeTensorParallel(rank, size)
-    with torch.device("meta"):
+def _modules(
+    config: PriorConfig, rank: int, size: int, lora: LoraConfig, sequence: bool
+) -> dict[str, nn.Module]:
+    shard = FakeTensorParallel(rank, size, sequence)
+    with torch.device("meta"), _Undrawn():
         modules: dict[str, nn.Module] = {
             "embedding": PriorEmbedding(config, shard),
             "block": _ShapeBlock(config, 1, shard),
@@ -189,22 +213,36 @@ class Marks:
 NOTHING = Marks()
 
 
-@lru_cache(maxsize=64)
-def keeps_of(config: PriorConfig, size: int, precision: str, marks: Marks = NOTHING) -> Keeps:
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How tensor ranks run a layer."""
+
+    precision: str
+    sequence: bool = False
+    """Each holds a run of positions between the resblocks."""
+    selective: bool = False
+    """Outputs of matmuls are kept, the rest is recomputed."""
+    cast: bool = False
+    """Matrices of resblocks are in 16 bits before the layer runs."""
+
+
+@lru_cache(maxsize=128)
+def keeps_of(config: PriorConfig, size: int, run: Run, marks: Marks = NOTHING) -> Keeps:
     """Bytes that autograd saves of `embedding`, `block`, its two branches, `head` and `loss`.
 
     fp16 counts as bf16 in blocks, since both are 16 bits; under fp16 the head saves fp32. `marks`
     of one kind of layer are right for that kind alone.
     """
-    one, two = (_kept(config, size, precision, samples, marks) for samples in (1, 2))
-    return {name: (two[name] - one[name], 2 * one[name] - two[name]) for name in one}
+    one, two = (_kept(config, size, run, samples, marks) for samples in (1, 2))
+    keeps = {name: (two[name] - one[name], 2 * one[name] - two[name]) for name in one}
+    if run.selective:  # changes blocks alone
+        keeps = keeps_of(config, size, replace(run, selective=False), marks) | keeps
+    return keeps
 
 
-def _kept(
-    config: PriorConfig, size: int, precision: str, samples: int, marks: Marks
-) -> dict[str, int]:
+def _kept(config: PriorConfig, size: int, run: Run, samples: int, marks: Marks) -> dict[str, int]:
     totals: dict[str, int] = {}
-    modules = copy.deepcopy(_modules(config, 0, size, marks.lora))
+    modules = copy.deepcopy(_modules(config, 0, size, marks.lora, run.sequence))
     for module in modules.values():
         for name, parameter in module.named_parameters():
             parameter.requires_grad_(name not in marks.frozen)
@@ -213,7 +251,12 @@ def _kept(
             module.to_empty(device="cpu")
         block = modules["block"]
         assert isinstance(block, PriorBlock)
-        x = torch.empty(samples, config.length, config.dim, requires_grad=not marks.input_too)
+        for matrix in (p for p in block.parameters() if p.dim() > 1 and run.cast):
+            type_ = torch.bfloat16 if run.precision != "fp32" else torch.float32
+            matrix.data = matrix.data.to(type_)
+        block.selective = run.selective
+        positions = config.length // (size if run.sequence else 1)
+        x = torch.empty(samples, positions, config.dim, requires_grad=not marks.input_too)
         text = torch.zeros(samples, config.text_length, dtype=torch.int64)
         batch = {
             "text": text,
@@ -224,23 +267,38 @@ def _kept(
         if config.positions == "rotary":
             head = config.dim // config.heads
             outside += rotary_table(config.text_length, config.grid, config.grid_columns, head)
-        half = precision != "fp32"
-        with torch.autocast("cpu", torch.bfloat16, enabled=half):
-            with noted(totals, "embedding", outside):
-                modules["embedding"](batch)
+        with torch.autocast("cpu", torch.bfloat16, enabled=run.precision != "fp32"):
             with noted(totals, "attention", outside):
                 y = block._look_back(x)
             with noted(totals, "mlp", outside):
                 block._transform(y)
-        with (
-            torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
-            noted(totals, "head", outside),
-        ):
-            logits = modules["head"](x)
-        with noted(totals, "loss", outside):
-            prior_loss(logits, batch, config.text_weight)
+        if not run.selective:
+            _note_ends(totals, modules, batch, x, run.precision, outside)
     totals["block"] = totals["attention"] + totals["mlp"]
     return totals
+
+
+def _note_ends(
+    totals: dict[str, int],
+    modules: dict[str, nn.Module],
+    batch: dict[str, Tensor],
+    x: Tensor,
+    precision: str,
+    outside: Sequence[Tensor],
+) -> None:
+    """Note what the embedding, the head and the loss keep."""
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"),
+        noted(totals, "embedding", outside),
+    ):
+        modules["embedding"](batch)
+    with (
+        torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"),
+        noted(totals, "head", outside),
+    ):
+        logits = modules["head"](x)
+    with noted(totals, "loss", outside):
+        prior_loss(logits, batch, 0.5)
 
 
 @contextmanager
@@ -255,7 +313,7 @@ def noted(totals: dict[str, int], name: str, outside: Sequence[Tensor]) -> Itera
             kept[place] = x
         return x
 
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+    with watched(note, lambda x: x):
         yield
     totals[name] = sum(x.untyped_storage().nbytes() for x in kept.values())
 

@@ -1,18 +1,26 @@
 """Bytes of one rank by category, as the engines allocate them."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 from models.config import PriorConfig
 from models.prior import BRANCHES
 from parallel.balance import stage_layers
 from parallel.mesh import RankCoordinates
+from planning.estimate.fsdp.layout import (
+    FLOAT,
+    real_elements,
+    shard_elements,
+    units_of,
+    uses_fsdp,
+)
 from planning.estimate.layers import (
     Held,
     Keeps,
     Marks,
     RankLayer,
+    Run,
     Training,
     keeps_of,
     named,
@@ -20,9 +28,9 @@ from planning.estimate.layers import (
     training_of,
 )
 from planning.estimate.zero_layout import (
-    BUCKET,
     LIVE,
     PERSISTENT,
+    bucket_of,
     factored,
     groups_of,
     padded,
@@ -93,16 +101,45 @@ def _held(
 def rank_bytes(loads: Loads) -> Bytes:
     """Peak bytes of every category in a step."""
     settings = loads.settings
-    tensor, precision = settings.mesh.tensor, settings.engine.precision
-    keeps = {
-        part.name: keeps_of(settings.model, tensor, precision, marks)
+    run, engine = run_of(settings), settings.engine
+    plain = {
+        part.name: keeps_of(settings.model, settings.mesh.tensor, run, marks)
         for part, marks in marks_of(loads)
     }
+    keeps = plain
+    if engine.recompute and engine.selective:
+        keeps = {
+            part.name: keeps_of(
+                settings.model, settings.mesh.tensor, replace(run, selective=True), marks
+            )
+            for part, marks in marks_of(loads)
+        }
     sizes = model_bytes(loads)
     sizes["activations"] = activation_bytes(loads, keeps)
     sizes["temporary"] += sum(part.buffers for part in loads.layers) + _transient(loads, keeps)
+    sizes["temporary"] += _rebuilt_bytes(loads, plain, keeps)
     sizes |= _compression_bytes(loads)
     return {name: sizes[name] for name in CATEGORIES}
+
+
+def run_of(settings: PriorTrain) -> Run:
+    """How its tensor ranks run a layer, without recomputing."""
+    return Run(
+        precision=settings.engine.precision,
+        sequence=settings.mesh.sequence_parallel,
+        cast=uses_fsdp(settings),
+    )
+
+
+def _rebuilt_bytes(loads: Loads, plain: Mapping[str, Keeps], keeps: Mapping[str, Keeps]) -> int:
+    """Bytes that selective recompute holds of one branch while its backward pass runs."""
+    saved = [
+        [plain[name][branch][i] - keeps[name][branch][i] for i in range(2)]
+        for name in keeps
+        if name.startswith("block")
+        for branch in BRANCHES
+    ]
+    return max((each * loads.micro + once for each, once in saved), default=0)
 
 
 def marks_of(loads: Loads) -> Iterator[tuple[RankLayer, Marks]]:
@@ -133,13 +170,15 @@ def model_bytes(loads: Loads) -> Bytes:
             "buckets": 0,
             "temporary": 4 * total if flat else 0,
         }
+    if uses_fsdp(settings):
+        return _fsdp(loads, moment)
     if stage == 3:
         return _third_stage(loads, total + frozen, moment)
     groups = groups_of(held)
     whole = sum(padded(group, mesh.data) for group in groups)
     mine = whole // mesh.data
     partial = sum(touched(group, mesh.data, loads.at.replica) for group in groups)
-    bucket = max(total if settings.compress.on else 0, BUCKET)
+    bucket = max(total if settings.compress.on else 0, bucket_of(settings))
     again = (
         settings.engine.gradient_accumulation_steps > 1
     )  # new gradients beside the accumulated ones
@@ -169,19 +208,37 @@ def _third_stage(loads: Loads, total: int, moment: int) -> Bytes:
         "parameters": 4 * (mine + kept),  # the shards are the masters as well
         "gradients": 4 * trained,
         "optimizer": 2 * moment * trained,
-        "buckets": 4 * BUCKET,
+        "buckets": 4 * bucket_of(loads.settings),
         "temporary": 4 * gathered + flat,
     }
 
 
+def _fsdp(loads: Loads, moment: int) -> Bytes:
+    """Engine torch: two units gathered at a time, one's gradient on its way to the shards."""
+    mesh, held = loads.settings.mesh, loads.held.values()
+    units = units_of(loads.settings, loads.layers)
+    trained = sum(shard_elements(h, mesh.local) for h in held if h.trained)
+    rank = loads.at.replica % mesh.local
+    own = sum(real_elements(h, mesh.local, rank) for h in held if h.trained)
+    gathered = max((unit.width * unit.padded(mesh.local) for unit in units), default=0)
+    return {
+        "parameters": FLOAT * sum(shard_elements(h, mesh.local) for h in held),
+        "gradients": FLOAT * trained,
+        "optimizer": 2 * moment * own,
+        "buckets": FLOAT * max((u.padded(mesh.local, trained=True) for u in units), default=0),
+        "temporary": 4 * gathered,  # of two units the weights, a message, and one's gradient
+    }
+
+
 def activation_bytes(loads: Loads, keeps: Mapping[str, Keeps]) -> int:
-    """Peak bytes that autograd saves; with recompute, two inputs per block and one branch.
+    """Peak bytes that autograd saves; with full recompute, two inputs per block and one branch.
 
     `keeps`: by layer.
     """
     settings, micro = loads.settings, loads.micro
     config = settings.model
     state = 4 * micro * config.length * config.dim
+    state //= settings.mesh.tensor if settings.mesh.sequence_parallel else 1
 
     def kept(layer: str, name: str) -> int:
         each, once = keeps[layer][name]
@@ -191,7 +248,7 @@ def activation_bytes(loads: Loads, keeps: Mapping[str, Keeps]) -> int:
     ends = [part.name for part in loads.layers if not part.name.startswith("block")]
     outer = sum(kept(name, name) for name in ends)
     outer += kept("head", "loss") if "head" in ends else 0
-    if not settings.engine.recompute:
+    if not settings.engine.recompute or settings.engine.selective:
         return loads.in_flight * (sum(kept(name, "block") for name in blocks) + outer)
     branches = [kept(name, branch) for name in blocks for branch in BRANCHES]
     again = max(branches) - state if blocks else 0
@@ -202,16 +259,18 @@ def _transient(loads: Loads, keeps: Mapping[str, Keeps]) -> int:
     """Bytes of hidden states and their gradients in flight between layers, stages and ranks."""
     settings, micro = loads.settings, loads.micro
     config, mesh = settings.model, settings.mesh
-    state = 4 * micro * config.length * config.dim
+    whole = 4 * micro * config.length * config.dim
+    state = whole // (mesh.tensor if mesh.sequence_parallel else 1)
     wide = config.hidden * micro * config.length // mesh.tensor
     inner = 2 if config.mlp == "gelu" else 3
     branch = 3 * state + inner * 4 * wide  # gradients of a branch's input, output, hidden states
+    branch += whole if mesh.sequence_parallel else 0  # gathered, and summed apart
     logits = 0
     if any(part.name == "head" for part in loads.layers):
         logits = 2 * keeps["head"]["loss"][0] * micro
     between = 0
     if mesh.pipeline > 1:
-        between = (2 + loads.in_flight) * state // mesh.tensor
+        between = (2 + loads.in_flight) * whole // mesh.tensor
     return max(branch, logits) + between
 
 
@@ -223,6 +282,10 @@ def _compression_bytes(loads: Loads) -> Bytes:
     long_sides = sum(s.rank * max(s.rows, s.columns) for s in shards)
     factors = sum(s.sent for s in shards)
     means = errors  # gradients are handed out whole before the optimiser runs
+    if uses_fsdp(loads.settings):  # in place; two buckets' gradients with their errors
+        units = units_of(loads.settings, loads.layers)
+        means = 2 * max(unit.padded(loads.settings.mesh.local) for unit in units)
+        means //= loads.settings.mesh.local
     return {"compression": 4 * (errors + long_sides + 2 * factors + means)}
 
 

@@ -38,6 +38,8 @@ class Dense:
     batch: int
     measured: float
     """TFLOP/s per GPU, recompute included."""
+    held_out: bool = False
+    """Compared after the model was finished."""
 
     @property
     def mesh(self) -> MeshConfig:
@@ -52,7 +54,7 @@ class Dense:
         return 96.0 * rows * self.layers * h * h * extra
 
 
-def _run(name: str, *sizes: int, measured: float) -> Dense:
+def _run(name: str, *sizes: int, measured: float, held_out: bool = False) -> Dense:
     heads, hidden, layers, tensor, pipeline, gpus, batch = sizes
     return Dense(
         name=name,
@@ -64,17 +66,23 @@ def _run(name: str, *sizes: int, measured: float) -> Dense:
         gpus=gpus,
         batch=batch,
         measured=measured,
+        held_out=held_out,
     )
 
 
 RUNS = (
     _run("1.7B", 24, 2304, 24, 1, 1, 32, 512, measured=137),
+    _run("3.6B", 32, 3072, 30, 2, 1, 64, 512, measured=138, held_out=True),
     _run("7.5B", 32, 4096, 36, 4, 1, 128, 512, measured=142),
+    _run("18.4B", 48, 6144, 40, 8, 1, 256, 1024, measured=135, held_out=True),
     _run("39.1B", 64, 8192, 48, 8, 2, 512, 1536, measured=138),
+    _run("76.1B", 80, 10240, 60, 8, 4, 1024, 1792, measured=140, held_out=True),
     _run("145.6B", 96, 12288, 80, 8, 8, 1536, 2304, measured=148),
+    _run("310.1B", 128, 16384, 96, 8, 16, 1920, 2160, measured=155, held_out=True),
+    _run("529.6B", 128, 20480, 105, 8, 35, 2520, 2520, measured=163, held_out=True),
     _run("1008B", 160, 25600, 128, 8, 64, 3072, 3072, measured=163),
 )
-"""Five of the ten rows of table 1, arXiv 2104.04473."""
+"""Table 1 of arXiv 2104.04473."""
 
 
 @dataclass(frozen=True, kw_only=True)

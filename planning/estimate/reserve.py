@@ -73,9 +73,12 @@ def communicators(settings: PriorTrain, stage: int = 0) -> list[tuple[int, bool]
     if engine == "deepspeed_pipe":
         groups += [(mesh.tensor * mesh.pipeline, True), (mesh.tensor, True)]
         groups += [(mesh.pipeline, False)] * 2 + [(mesh.data, True)] * 2
-        groups += [(mesh.tensor, False)] if mesh.pipeline > 1 else []
+        cuts = mesh.pipeline > 1 and not mesh.sequence_parallel  # what stages send
+        groups += [(mesh.tensor, False)] if cuts else []
         ends = _shares_tables(settings) and stage in (0, mesh.pipeline - 1)
         groups += [(2, True)] if ends else []
+    elif engine == "torch" and mesh.nodes == 1:
+        groups += [(mesh.tensor, True), (mesh.data, True)] if mesh.tensor > 1 else []
     elif mesh.nodes > 1:
         groups += [(mesh.local, False), (mesh.nodes, True)]
     elif mesh.tensor > 1:

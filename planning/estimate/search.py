@@ -1,7 +1,9 @@
 """The fastest mesh that fits, and why the others do not."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from core.memory import size_text
 from parallel.compress.advisor import PAPER_SHARE
@@ -9,6 +11,7 @@ from parallel.config import LEAST_GAIN, CompressConfig, EngineConfig, MeshConfig
 from parallel.engines.frozen import stage_problem
 from parallel.mesh import RankCoordinates
 from planning.decode import buffer_bytes
+from planning.estimate.collectives import group_span, ring
 from planning.estimate.hardware import Hardware
 from planning.estimate.layers import rank_layers, training_of
 from planning.estimate.memory import Bytes, Loads, loads_of, published_schemes, rank_bytes
@@ -23,6 +26,12 @@ SHORTLIST = 3
 """Candidates of a layout whose pipeline is simulated, after a rough estimate of all."""
 MOST_MICRO = 4096
 """Maximum micro-batches per step that are simulated."""
+RECOMPUTE: tuple[dict[str, Any], ...] = (
+    {"recompute": False},
+    {"recompute": True, "recompute_granularity": "selective"},
+    {"recompute": True, "recompute_granularity": "full"},
+)
+"""What a candidate recomputes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +87,7 @@ def search(settings: PriorTrain, world: int, hardware: Hardware) -> SearchResult
     """Estimate all layouts of the preset on `world` ranks."""
     timed, rejected = [], []
     for layout in layouts(settings, world, hardware):
-        candidates = [weigh(candidate, world, hardware) for candidate in variants_of(layout)]
+        candidates = _weighed(layout, world, hardware)
         fitting = [candidate for candidate in candidates if not candidate.why]
         if not fitting:
             rejected.append(
@@ -94,6 +103,17 @@ def search(settings: PriorTrain, world: int, hardware: Hardware) -> SearchResult
     return SearchResult(timed=timed, rejected=rejected)
 
 
+def _weighed(layout: PriorTrain, world: int, hardware: Hardware) -> list[Candidate]:
+    """The variants of a layout, without those that recompute more than has to be."""
+    candidates, fitting = [], set()
+    for settings in variants_of(layout):
+        alike = settings.engine.gradient_accumulation_steps, settings.compress
+        if alike not in fitting:
+            candidates.append(weigh(settings, world, hardware))
+            fitting |= set() if candidates[-1].why else {alike}
+    return candidates
+
+
 def layouts(settings: PriorTrain, world: int, hardware: Hardware) -> Iterator[PriorTrain]:
     """Every mesh and engine for `world` ranks."""
     fast = precision_of(settings, hardware)
@@ -101,8 +121,15 @@ def layouts(settings: PriorTrain, world: int, hardware: Hardware) -> Iterator[Pr
     tensors = [t for t in (1, 2, 4, 8) if world % t == 0 and t <= most]
 
     def layout(mesh: MeshConfig, name: str, stage: int = 1) -> PriorTrain:
-        engine = EngineConfig(name=name, zero_stage=stage, precision=fast)  # type: ignore[arg-type]
-        return replace(settings, mesh=mesh, engine=engine, compress=CompressConfig())
+        if mesh.tensor > 1 and settings.model.length % mesh.tensor == 0:
+            mesh = replace(mesh, sequence_parallel=True)  # less memory at equal traffic
+        engine = EngineConfig(
+            name=name,  # type: ignore[arg-type]
+            zero_stage=stage,
+            precision=fast,  # type: ignore[arg-type]
+            reduce_bucket_size=0 if name == "reference" else link_bucket(mesh, stage, hardware),
+        )
+        return replace(settings, mesh=mesh, engine=engine, compress=_off(settings))
 
     yield layout(MeshConfig(data=world), "reference")
     if world == 1:
@@ -120,6 +147,24 @@ def layouts(settings: PriorTrain, world: int, hardware: Hardware) -> Iterator[Pr
                 yield layout(mesh, "deepspeed_pipe")
 
 
+def _off(settings: PriorTrain) -> CompressConfig:
+    """No compression; variants have the preset's payload."""
+    return CompressConfig(payload=settings.compress.payload)
+
+
+def link_bucket(mesh: MeshConfig, stage: int, hardware: Hardware) -> int:
+    """Elements of a gradient bucket, a power of two, whose latency is 5% of its time on the link.
+
+    0 on CPUs, which keep their default.
+    """
+    size, stride = group_span(mesh, "machine" if stage == 3 else "data")
+    if hardware.cores or size == 1:
+        return 0
+    rate, latency = ring(size, stride, hardware)
+    elements = 20 * rate * latency * math.ceil(math.log2(size)) / 4
+    return int(2 ** min(max(round(math.log2(elements)), 20), 26))
+
+
 def precision_of(settings: PriorTrain, hardware: Hardware) -> str:
     """Precision of a run on this hardware: `auto` is resolved as in training, fp16 without bf16."""
     asked = settings.engine.precision
@@ -132,12 +177,12 @@ def precision_of(settings: PriorTrain, hardware: Hardware) -> str:
 def variants_of(layout: PriorTrain) -> Iterator[PriorTrain]:
     """Every micro-batch size, recompute and compression of a layout."""
     samples = max(layout.loop.global_batch_size // layout.mesh.data, 1)
-    papers = CompressConfig(rank=round(PAPER_SHARE * layout.model.dim))
+    papers = replace(layout.compress, rank=round(PAPER_SHARE * layout.model.dim))
     powers = (2**i for i in range(samples.bit_length()))
     for micro in (n for n in powers if samples % n == 0):
-        for recompute in (False, True):
+        for recompute in RECOMPUTE:
             engine = replace(
-                layout.engine, gradient_accumulation_steps=samples // micro, recompute=recompute
+                layout.engine, gradient_accumulation_steps=samples // micro, **recompute
             )
             yield replace(layout, engine=engine)
             if _sends_gradients(layout):

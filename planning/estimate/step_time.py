@@ -9,12 +9,20 @@ from parallel.ledger import Counts
 from parallel.mesh import RankCoordinates
 from planning.decode import Decoding
 from planning.estimate.collectives import all_reduce, gather, group_span, hand_on
+from planning.estimate.fsdp.layout import uses_fsdp
 from planning.estimate.hardware import Hardware
 from planning.estimate.kernels import seconds
-from planning.estimate.layer_work import backward_work, compression_work, forward_work, update_work
+from planning.estimate.layer_work import (
+    backward_work,
+    compression_work,
+    forward_work,
+    recomputed_work,
+    update_work,
+)
 from planning.estimate.layers import RankLayer
 from planning.estimate.memory import Loads, loads_of
 from planning.estimate.pipeline_schedule import Played, Span, crowded, play
+from planning.estimate.tallies.tensor import stream_elements, wire_bytes
 from planning.estimate.traffic import step_traffic, tied_elements
 from planning.estimate.zero_layout import (
     factored,
@@ -150,13 +158,15 @@ def _layer(loads: Loads, part: RankLayer, hardware: Hardware) -> tuple[float, fl
     """(forward, backward, collectives in both) of one micro-batch, in seconds."""
     settings = loads.settings
     config, micro = settings.model, loads.micro
-    state = 4.0 * micro * config.length * config.dim
+    block = part.name.startswith("block")
+    state = float(wire_bytes(settings) if block else 4) * micro * config.length * config.dim
     span = group_span(settings.mesh, "tensor")
     each = all_reduce(state, span, hardware) if settings.mesh.tensor > 1 else 0.0
-    block = part.name.startswith("block")
     there = back = 0.0
     if block:
         there, back = 2 * each, 2 * each
+        if settings.mesh.sequence_parallel and settings.engine.recompute:
+            back += each  # both inputs are gathered again
     elif part.name == "embedding":
         there = 2 * each  # words, and codes: no more bytes than one state, twice the hops
     else:
@@ -164,7 +174,8 @@ def _layer(loads: Loads, part: RankLayer, hardware: Hardware) -> tuple[float, fl
     forward = seconds(forward_work(loads, part, hardware), hardware) + hardware.overhead / 3
     backward = seconds(backward_work(loads, part, hardware), hardware) + hardware.overhead / 1.5
     if block and settings.engine.recompute:
-        backward += forward
+        again = recomputed_work(loads, part, hardware) if settings.engine.selective else ()
+        backward += seconds(again, hardware) if again else forward
     third = _third_stage(loads, part, hardware)
     return forward + there + third, backward + back + 2 * third, there + back + 3 * third
 
@@ -174,7 +185,9 @@ def _third_stage(loads: Loads, part: RankLayer, hardware: Hardware) -> float:
     if stage_of_zero(loads.settings) != 3:
         return 0.0
     mesh = loads.settings.mesh
-    count = 4.0 * sum(h.numel for h in part.parameters.values())
+    half = uses_fsdp(loads.settings) and part.name.startswith("block")
+    width = 2.0 if half and loads.settings.engine.precision != "fp32" else 4.0
+    count = width * sum(h.numel for h in part.parameters.values())
     return gather(count, group_span(mesh, "machine"), hardware)
 
 
@@ -187,7 +200,7 @@ def _played(settings: PriorTrain, stages: Sequence[_StageSeconds], hardware: Har
         micro = settings.loop.global_batch_size // mesh.data // times
         state = 4.0 * micro * settings.model.length * settings.model.dim
         transfer = hand_on(state / mesh.tensor, mesh, hardware)
-        if mesh.tensor > 1:
+        if mesh.tensor > 1 and not mesh.sequence_parallel:
             transfer += gather(state, group_span(mesh, "tensor"), hardware)
     return play(forward, backward, times, transfer)
 
@@ -208,11 +221,13 @@ def ending_seconds(loads: Loads, hardware: Hardware) -> dict[str, float]:
         mine = sum(shard_numel(h, mesh.local) for h in held.values() if h.trained)
         data = group_span(mesh, "between")
     update = seconds(update_work(mine), hardware)
-    sent = 4.0 * _sent(loads, mine if stage == 3 else total)
+    sent = _sent_bytes(loads, mine if stage == 3 else total)
     gradients = rounds * all_reduce(sent, data, hardware)
     if tied := tied_elements(loads):
         for span in (data, group_span(mesh, "ends")):
             gradients += all_reduce(4.0 * sum(tied), span, hardware)
+    if stream := stream_elements(loads):
+        gradients += all_reduce(4.0 * stream, group_span(mesh, "tensor"), hardware)
     compress = rounds * seconds(compression_work(loads, hardware), hardware)
     results = 4 * all_reduce(64.0, group_span(mesh, "world"), hardware) if mesh.world > 1 else 0.0
     return {
@@ -224,9 +239,8 @@ def ending_seconds(loads: Loads, hardware: Hardware) -> dict[str, float]:
     }
 
 
-def _sent(loads: Loads, elements: int) -> float:
-    """Elements of gradients that are reduced over the replicas."""
+def _sent_bytes(loads: Loads, elements: int) -> float:
+    """Bytes of gradients that are reduced over the replicas."""
     shards = list(factored(loads.settings, loads.held, loads.at))
-    if not shards:
-        return elements
-    return elements - sum(s.rows * s.columns for s in shards) + sum(s.sent for s in shards)
+    whole = elements - sum(s.rows * s.columns for s in shards)
+    return 4.0 * whole + loads.settings.compress.payload_bytes * sum(s.sent for s in shards)

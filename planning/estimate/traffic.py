@@ -4,72 +4,28 @@ A closed form of the engines' traffic in any step but the first, which also send
 ZeRO-3, gathers once more. Bytes are those of the larger side of an operation.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 
 from models.config import PriorConfig
 from models.prior import BRANCHES, LOSSES, TABLES
-from parallel.config import MeshConfig
 from parallel.control import FIELDS
 from parallel.ledger import Counts
-from parallel.mesh import RankCoordinates, rank_at
-from planning.estimate.layers import Held, Marks, RankLayer
-from planning.estimate.memory import Loads, marks_of
+from planning.estimate.fsdp.layout import uses_fsdp
+from planning.estimate.memory import Loads
+from planning.estimate.tallies.fsdp import add_fsdp
+from planning.estimate.tallies.tally import DOUBLE, FLOAT, Tally
+from planning.estimate.tallies.tensor import add_layers, stream_elements
 from planning.estimate.zero_layout import (
-    BUCKET,
     LIVE,
     PERSISTENT,
+    bucket_of,
     factored,
+    factored_names,
     groups_of,
     padded,
     shard_numel,
     stage_of_zero,
 )
-
-FLOAT, DOUBLE = 4, 8
-
-
-class Tally:
-    """Counts under the ledger's labels; of groups with equal ranks, the last one is the label."""
-
-    def __init__(self, mesh: MeshConfig, at: RankCoordinates) -> None:
-        self.counts: Counts = {}
-        self._labels: dict[tuple[int, ...], str] = {}
-        self._ranks = dict(_groups(mesh, at))
-        for name, ranks in self._ranks.items():
-            self._labels[ranks] = name
-
-    def add(self, group: str, operation: str, count: float, calls: int = 1) -> None:
-        """Count `calls` operations of `count` bytes in total."""
-        if group not in self._ranks:
-            return
-        label = self._labels[self._ranks[group]]
-        row = self.counts.setdefault(label, {}).setdefault(operation, {"calls": 0, "bytes": 0})
-        row["calls"] += calls
-        row["bytes"] += int(count)
-
-    def size(self, group: str) -> int:
-        """Ranks of a group, 1 if there is none."""
-        return len(self._ranks.get(group, (0,)))
-
-
-def _groups(mesh: MeshConfig, at: RankCoordinates) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """This rank's groups of the mesh in the ledger's order, as in parallel/mesh.py."""
-    if mesh.world == 1:
-        return
-    data = tuple(rank_at(mesh, at._replace(replica=d)) for d in range(mesh.data))
-    yield "world", tuple(range(mesh.world))
-    if mesh.nodes > 1:
-        machine = at.replica // mesh.local
-        yield "machine", data[machine * mesh.local : (machine + 1) * mesh.local]
-        yield "between", data[at.replica % mesh.local :: mesh.local]
-    else:
-        yield "machine", data
-    yield "data", data
-    if mesh.data < mesh.world:
-        yield "tensor", tuple(rank_at(mesh, at._replace(shard=t)) for t in range(mesh.tensor))
-        if mesh.pipeline > 1 and at.stage in (0, mesh.pipeline - 1):
-            yield "ends", tuple(rank_at(mesh, at._replace(stage=s)) for s in (0, mesh.pipeline - 1))
-        yield "pipeline", tuple(rank_at(mesh, at._replace(stage=s)) for s in range(mesh.pipeline))
 
 
 def step_traffic(loads: Loads) -> Counts:
@@ -78,58 +34,12 @@ def step_traffic(loads: Loads) -> Counts:
     tally = Tally(settings.mesh, loads.at)
     if settings.mesh.world == 1:
         return tally.counts
-    _layers(loads, tally)
+    add_layers(loads, tally)
     if settings.mesh.pipeline > 1:
         _stages(loads, tally)
     _gradients(loads, tally)
     _results(loads, tally)
     return tally.counts
-
-
-def _layers(loads: Loads, tally: Tally) -> None:
-    """The tensor group's all-reduces of hidden states, in fp32, in every micro-batch.
-
-    Recomputing a branch ends at its last saved tensor, before the all-reduce of its output.
-    """
-    settings, config = loads.settings, loads.settings.model
-    if settings.mesh.tensor == 1:
-        return
-    micro, times = loads.micro, settings.engine.gradient_accumulation_steps
-    state = FLOAT * micro * config.length * config.dim
-    for part, marks in marks_of(loads):
-        if part.name.startswith("block"):  # a sum of each branch forward, and of its gradients
-            sums = len(BRANCHES) + branches_with_gradients(part, marks)
-            tally.add("tensor", "all_reduce", sums * state * times, sums * times)
-            whole = [h.numel for h in part.parameters.values() if _is_whole_adapter(h)]
-            tally.add("tensor", "all_reduce", FLOAT * sum(whole) * times, len(whole) * times)
-        elif part.name == "embedding":  # all words, and all codes but the last
-            positions = config.text_length + config.image_length - 1
-            count = FLOAT * micro * positions * config.dim
-            tally.add("tensor", "all_reduce", count * times, 2 * times)
-        else:  # gradients of the states; largest logit, target's logit and sum of each position
-            tally.add("tensor", "all_reduce", state * times, times)
-            each = 3 * FLOAT * micro * config.length
-            tally.add("tensor", "all_reduce", each * times, 6 * times)
-
-
-def branches_with_gradients(part: RankLayer, marks: Marks) -> int:
-    """Branches of a block whose input has a gradient, which tensor ranks add up."""
-    if not marks.input_too:
-        return len(BRANCHES)
-    trained = part.parameters.keys() - part.frozen
-    attention = any(name.startswith("attention_norm") for name in trained)
-    before_mlp = any(not name.startswith(_MLP) for name in trained)
-    mlp = before_mlp or any(name.startswith("mlp_norm") for name in trained)
-    return attention + mlp
-
-
-_MLP = ("mlp_norm.", "up.", "down.", "gate.")
-"""Names of the parameters of the MLP branch begin with one of these."""
-
-
-def _is_whole_adapter(h: Held) -> bool:
-    """True for the matrix of an adapter that tensor ranks hold whole, and add up gradients of."""
-    return h.trained and h.matrix and not h.placement.split
 
 
 def _stages(loads: Loads, tally: Tally) -> None:
@@ -140,7 +50,9 @@ def _stages(loads: Loads, tally: Tally) -> None:
     first, last = at.stage == 0, at.stage == mesh.pipeline - 1
     neighbours = (not first) + (not last)
     part, calls = numel, 1
-    if mesh.tensor > 1:
+    if mesh.sequence_parallel:
+        part_bytes = FLOAT * numel // mesh.tensor
+    elif mesh.tensor > 1:
         part, calls = numel // mesh.tensor + (at.shard < numel % mesh.tensor), 2
         meta = DOUBLE * (6 + mesh.tensor + 1)  # dims, shape, parts, mine, the parts' bounds
         part_bytes = FLOAT * part + meta
@@ -163,6 +75,11 @@ def _gradients(loads: Loads, tally: Tally) -> None:
     settings, held = loads.settings, loads.held
     stage = stage_of_zero(settings)
     times = settings.engine.gradient_accumulation_steps
+    if stream := stream_elements(loads):
+        tally.add("tensor", "all_reduce", FLOAT * stream)
+    if uses_fsdp(settings):
+        add_fsdp(loads, tally)
+        return
     if stage == 3:
         _third_stage(loads, tally)
         return
@@ -182,7 +99,8 @@ def _gradients(loads: Loads, tally: Tally) -> None:
         if stage == 2:
             order = [h.numel for h in held.values() if h.trained]
         rounds = times if stage == 2 else 1
-        tally.add("data", "all_reduce", FLOAT * sum(order) * rounds, _buckets(order) * rounds)
+        calls = _buckets(order, bucket_of(settings)) * rounds
+        tally.add("data", "all_reduce", FLOAT * sum(order) * rounds, calls)
     if stage and settings.mesh.data > 1:
         for group in groups_of(held):
             count = FLOAT * padded(group, settings.mesh.data)
@@ -198,22 +116,22 @@ def tied_elements(loads: Loads) -> list[int]:
     return [held[name].numel for name in TABLES if name in held and held[name].trained]
 
 
-def _buckets(sizes: list[int]) -> int:
+def _buckets(sizes: list[int], most: int) -> int:
     """Number of gradient buckets in this order; a gradient larger than a bucket has its own."""
     calls, filled = 0, 0
     for size in sizes:
-        if filled and filled + size > BUCKET:
+        if filled and filled + size > most:
             calls, filled = calls + 1, 0
         filled += size
     return calls + (filled > 0)
 
 
-def _prefetches(sizes: list[int]) -> int:
+def _prefetches(sizes: list[int], most: int) -> int:
     """Number of prefetching gathers: each takes parameters until a bucket is full."""
     calls, filled = 0, 0
     for size in sizes:
         filled += size
-        if filled >= BUCKET:
+        if filled >= most:
             calls, filled = calls + 1, 0
     return calls + (filled > 0)
 
@@ -222,20 +140,14 @@ def _factors(loads: Loads, tally: Tally, group: str, sizes: Mapping[str, int], r
     """P, Q, and everything that is not factored, with the flag for non-finite values."""
     settings = loads.settings
     shards = list(factored(settings, loads.held, loads.at))
+    each = settings.compress.payload_bytes
     for side in (min, max):
         count = sum(s.rank * side(s.rows, s.columns) for s in shards)
         if shards:
-            tally.add(group, "all_reduce", FLOAT * count * rounds, rounds)
-    names = {name for name, _ in factored_names(loads)}
+            tally.add(group, "all_reduce", each * count * rounds, rounds)
+    names = factored_names(settings, loads.held, loads.at)
     rest = sum(size for name, size in sizes.items() if name not in names)
     tally.add(group, "all_reduce", FLOAT * (rest + 1) * rounds, rounds)
-
-
-def factored_names(loads: Loads) -> Iterator[tuple[str, Held]]:
-    """Parameters of which this rank compresses a gradient."""
-    for name, h in loads.held.items():
-        if list(factored(loads.settings, {name: h}, loads.at)):
-            yield name, h
 
 
 def _third_stage(loads: Loads, tally: Tally) -> None:
@@ -253,14 +165,15 @@ def _third_stage(loads: Loads, tally: Tally) -> None:
         large = [h.numel for h in uses]
     if large:
         count = FLOAT * sum(shards * -(-numel // shards) for numel in large)
-        calls = _prefetches(large)
+        calls = _prefetches(large, bucket_of(settings))
         tally.add(
             "machine", "all_gather_into_tensor", count * passes * times, calls * passes * times
         )
     order = [h.numel for h in reversed(list(held.values())) if h.trained]
     trained = [name for name, h in held.items() if h.trained]
     count = FLOAT * sum(whole[name] for name in trained) * times
-    tally.add("machine", "reduce_scatter_tensor", count, _buckets(order) * times)
+    calls = _buckets(order, bucket_of(settings)) * times
+    tally.add("machine", "reduce_scatter_tensor", count, calls)
     if mesh.nodes == 1:
         return
     mine = {name: shard_numel(held[name], shards) for name in trained}

@@ -10,11 +10,10 @@ from models.prior import COMPRESSED
 from parallel.compress.advisor import PAPER_SHARE
 from parallel.compress.powersgd import shard_rank
 from parallel.mesh import RankCoordinates
+from planning.estimate.fsdp.layout import shard_elements, uses_fsdp
 from planning.estimate.layers import Held
 from training.config import PriorTrain
 
-BUCKET = 2**20
-"""Elements of a ZeRO bucket, as parallel/engines/deepspeed/engine.py sets it."""
 ALIGNED = 2
 """A partition of ZeRO-1/2 has a multiple of this many elements."""
 PERSISTENT = 100_000
@@ -28,7 +27,14 @@ def stage_of_zero(settings: PriorTrain) -> int:
     engine = settings.engine
     if engine.name == "reference":
         return 0
+    if engine.name == "torch":
+        return 3
     return 1 if engine.name == "deepspeed_pipe" else engine.zero_stage
+
+
+def bucket_of(settings: PriorTrain) -> int:
+    """Elements of a ZeRO bucket; a plan for GPUs names one, so that the default is a CPU's."""
+    return settings.engine.bucket(gpu=False)
 
 
 def groups_of(held: Mapping[str, Held]) -> list[list[Held]]:
@@ -95,10 +101,16 @@ def factored(
             continue
         placement = h.placement
         if third:
-            shard = placement.flat_shard(at.replica % mesh.local, shard_numel(h, mesh.local))
+            count = (shard_elements if uses_fsdp(settings) else shard_numel)(h, mesh.local)
+            shard = placement.flat_shard(at.replica % mesh.local, count)
             if shard is None:
                 continue
             placement = shard
         if placement.rows:
             rows, columns = placement.rows, placement.shape[1]
             yield Factored(rows, columns, min(each, rows, columns))
+
+
+def factored_names(settings: PriorTrain, held: Mapping[str, Held], at: RankCoordinates) -> set[str]:
+    """The parameters of which this rank compresses a gradient."""
+    return {name for name, h in held.items() if list(factored(settings, {name: h}, at))}

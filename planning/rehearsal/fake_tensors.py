@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
     in_kernel_invocation_manager,
 )
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -111,6 +112,9 @@ class Shadows(TorchDispatchMode):
             if function in _BY_AUTOGRAD and not Moves.asked:
                 named = {**named, "device": arguments[0].fake_device}
             return self._shadow(function, types, arguments, named)
+        if function is _aten.detach.default and isinstance(arguments[0], DTensor):
+            with self:  # so that C++ asks this mode for the device of the rows
+                return detached(arguments[0])
         device = named.get("device") or CPU
         if device.type == "meta" or (
             device.type == "cpu" and not _makes_large(function, arguments, named)
@@ -220,6 +224,12 @@ class Shadows(TorchDispatchMode):
         message = torch.from_numpy(self._broker.take(channel, place)).flatten()
         count = min(message.numel(), buffer.numel())
         buffer.view(-1)[:count] = message[:count]
+
+
+def detached(sharded: DTensor) -> DTensor:
+    """`detach` of what FSDP2 shards, around the rows of this rank."""
+    rows: Any = sharded._local_tensor
+    return DTensor(rows.detach(), sharded._spec, requires_grad=False)
 
 
 def _real(tensor: Any) -> Tensor | None:

@@ -50,7 +50,8 @@ def test_shapes_demo_in_miniature(tmp_path: Path) -> None:
     summary = json.loads((out / "summary.json").read_text())
     assert set(STAGES) <= set(summary["seconds"]) and len(summary["commands"]) == 10
     assert summary["prior"]["engine"] == "deepspeed_pipe" and summary["prior"]["compress_rank"] > 0
-    assert summary["prior"]["mesh"] == {"data": 2, "tensor": 2, "pipeline": 2, "nodes": 1}
+    mesh = {"data": 2, "tensor": 2, "pipeline": 2, "nodes": 1, "sequence_parallel": False}
+    assert summary["prior"]["mesh"] == mesh
     steps = rows_of(out / "prior")
     assert [row["step"] for row in steps] == [*range(10, 101, 10)]
     # a prior that ignores captions has half; one that ignores the past has the entropy

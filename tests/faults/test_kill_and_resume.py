@@ -20,6 +20,7 @@ FLAGS = [
     "--loop.validation-samples=32",
     "--engine.precision=fp32",
     "--engine.matmul-precision=highest",  # auto chooses by times
+    f"--engine.name={os.environ.get('TAPIR_FAULTS_ENGINE', 'deepspeed_zero')}",
 ]
 
 

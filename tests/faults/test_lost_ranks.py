@@ -32,6 +32,8 @@ SOME = [
         ("TP2xPP2xDP2 pipe", 5, signal.SIGKILL),
         ("TP2xDP2 ZeRO-3", 2, signal.SIGSTOP),
         ("paper layout, 2 nodes of 2", 3, signal.SIGKILL),
+        ("2 nodes of 2 torch", 1, signal.SIGSTOP),
+        ("TP2xDP2 torch", 2, signal.SIGKILL),
     )
 ]
 

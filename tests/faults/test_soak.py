@@ -34,6 +34,7 @@ FLAGS = [
     "--supervisor.backoff-seconds=0.1",
     "--engine.precision=fp32",
     "--engine.matmul-precision=highest",  # auto chooses by times
+    f"--engine.name={os.environ.get('TAPIR_FAULTS_ENGINE', 'deepspeed_zero')}",
 ]
 LONGEST = 5.0 if LONG else 2.0
 """Most seconds between the start of all ranks and the next kill."""

@@ -30,6 +30,8 @@ from training.config import PriorTrain
 from training.presets import prior_tiny
 from training.recovery.replay import replay
 
+ENGINE: Any = os.environ.get("TAPIR_FAULTS_ENGINE", "reference")
+"""`make faults-torch` gives another one."""
 COMPARED = ("step", "epoch", "loss", "text_loss", "image_loss", "grad_norm", "lr")
 Make = Callable[..., PriorTrain]
 Same = Callable[..., None]
@@ -37,7 +39,7 @@ Same = Callable[..., None]
 
 @pytest.fixture
 def make(tokens: Path, tmp_path: Path) -> Make:
-    """Settings of a short run on two ranks of the reference engine."""
+    """Settings of a short run on two ranks of the reference engine, or of the asked one."""
 
     def build(out: str = "run", **parts: dict[str, Any]) -> PriorTrain:
         settings = replace(
@@ -45,7 +47,7 @@ def make(tokens: Path, tmp_path: Path) -> Make:
             data=str(tokens),
             out=tmp_path / out,
             mesh=MeshConfig(data=2),
-            engine=EngineConfig(name="reference"),
+            engine=EngineConfig(name=ENGINE),
         )
         small = {
             "model": {"dim": 48, "layers": 2},
@@ -290,8 +292,9 @@ GUARD = {"guard": {"window": 16, "rewind_after": 3}, "optim": {"warmup": 2}}
 
 
 ENGINES = {
-    "reference": {},
+    "reference": {"engine": {"name": "reference"}},
     "zero": {"engine": {"name": "deepspeed_zero", "gradient_accumulation_steps": 2}},
+    "torch": {"engine": {"name": "torch", "gradient_accumulation_steps": 2}},
     "pipe": {
         "mesh": {"data": 1, "pipeline": 2},
         "engine": {"name": "deepspeed_pipe", "gradient_accumulation_steps": 2},

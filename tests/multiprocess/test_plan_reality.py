@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from bench.parity import BATCH, OPTIM, SEED, Case, batch_of, program_of
 from cluster.launcher import launch
@@ -19,7 +18,9 @@ from core.config import from_json
 from core.heartbeat import Heart
 from models.config import LoraConfig, PriorConfig
 from parallel.config import CompressConfig, EngineConfig, EngineName, MeshConfig
+from parallel.engines.fsdp.units import whole_parameters
 from parallel.engines.protocol import EngineSettings
+from parallel.engines.rebuilt import watched
 from parallel.engines.registry import build_engine, modules_of
 from parallel.ledger import Ledger, recorded
 from parallel.mesh import Mesh, build_mesh, coordinates_of
@@ -46,6 +47,10 @@ MODERN: dict[str, Any] = {
     "columns": 5,
 }
 """Every option that differs from the paper."""
+SELECTIVE: dict[str, Any] = {"recompute": True, "recompute_granularity": "selective"}
+
+
+TP2 = MeshConfig(tensor=2, sequence_parallel=True)
 
 
 def _case(
@@ -54,13 +59,14 @@ def _case(
     owner: EngineName,
     model: PriorConfig = SMALL,
     rank: int = 0,
+    payload: Literal["fp32", "bf16"] = "fp32",
     moments: Literal["fp32", "bf16"] = "fp32",
     lora: int = 0,
     freeze: str = "",
     **engine: Any,
 ) -> Case:
     settings = EngineConfig(name=owner, gradient_accumulation_steps=2, **engine)
-    compress = CompressConfig(rank=rank)
+    compress = CompressConfig(rank=rank, payload=payload)
     return Case(
         name=name,
         mesh=mesh,
@@ -76,6 +82,9 @@ def _case(
 CASES = [
     _case("plain", MeshConfig(data=2), "reference"),
     _case("plain, compressed", MeshConfig(data=2), "reference", rank=8, precision="bf16"),
+    _case("plain, 16-bit factors", MeshConfig(data=2), "reference", rank=8, payload="bf16"),
+    _case("selective", MeshConfig(data=2), "reference", precision="bf16", **SELECTIVE),
+    _case("ZeRO-1, buckets", MeshConfig(data=2), "deepspeed_zero", reduce_bucket_size=9000),
     _case("ZeRO-1, wide", MeshConfig(data=2), "deepspeed_zero", WIDE, precision="bf16"),
     _case("ZeRO-2", MeshConfig(data=2), "deepspeed_zero", zero_stage=2, moments="bf16"),
     _case("ZeRO-3, wide", MeshConfig(data=2), "deepspeed_zero", WIDE, zero_stage=3),
@@ -117,6 +126,26 @@ CASES = [
         replace(SMALL, **MODERN),
         lora=3,
     ),
+    _case("SP2 x PP2", replace(TP2, pipeline=2), "deepspeed_pipe", precision="bf16"),
+    _case(
+        "SP2 x PP2, modern, selective",
+        replace(TP2, pipeline=2),
+        "deepspeed_pipe",
+        replace(WIDE, **MODERN, text_length=10),
+        precision="bf16",
+        **SELECTIVE,
+    ),
+    _case("SP2, adapters", TP2, "deepspeed_pipe", lora=3, **SELECTIVE),
+    _case("SP2 x DP2, ZeRO-1", replace(TP2, data=2), "deepspeed_zero", precision="bf16"),
+    _case(
+        "SP2 x DP2, ZeRO-2, compressed, frozen",
+        replace(TP2, data=2),
+        "deepspeed_zero",
+        rank=8,
+        freeze="embedding|block000|attention_norm|head.text",
+        zero_stage=2,
+        **SELECTIVE,
+    ),
     _case(
         "PP2 x DP2, compressed, frozen",
         MeshConfig(pipeline=2, data=2),
@@ -146,13 +175,30 @@ CASES = [
         lora=2,
         zero_stage=3,
     ),
+    _case("torch, wide", MeshConfig(data=2), "torch", WIDE),
+    _case("torch, modern", MeshConfig(data=2), "torch", replace(WIDE, **MODERN), precision="bf16"),
+    _case("torch, adapters", MeshConfig(data=2), "torch", WIDE, lora=3, moments="bf16"),
+    _case(
+        "torch, frozen",
+        MeshConfig(data=2),
+        "torch",
+        WIDE,
+        freeze="embedding|block000|block001|up.weight",
+    ),
+    _case("torch, DP4", MeshConfig(data=4), "torch", precision="bf16"),
+    _case("torch, TP2 x DP2", MeshConfig(tensor=2, data=2), "torch", WIDE, precision="bf16"),
+    _case("torch, SP2 x DP2", replace(TP2, data=2), "torch", WIDE, precision="bf16"),
+    _case("torch, 2 nodes", MeshConfig(data=4, nodes=2), "torch", WIDE),
+    _case("torch, 2 nodes, compressed", MeshConfig(data=4, nodes=2), "torch", WIDE, rank=16),
+    _case("SP2 x DP2, ZeRO-3", replace(TP2, data=2), "deepspeed_zero", WIDE, zero_stage=3),
     _case("PP2, modern", MeshConfig(pipeline=2), "deepspeed_pipe", replace(SMALL, **MODERN)),
 ]
 """Those of ZeRO-3 come last among 4 ranks: DeepSpeed then replaces torch's linear function by one
 that saves no weights in 16 bits."""
-TRAFFIC_ONLY = _case(
-    "recompute", MeshConfig(tensor=2, pipeline=2), "deepspeed_pipe", recompute=True
-)
+TRAFFIC_ONLY = [
+    _case("recompute", MeshConfig(tensor=2, pipeline=2), "deepspeed_pipe", recompute=True),
+    _case("SP2 x PP2, recompute", replace(TP2, pipeline=2), "deepspeed_pipe", recompute=True),
+]
 
 
 def planned(case: Case, rank: int) -> Loads:
@@ -238,14 +284,17 @@ def _measure(case: Case, world: World, ledger: Ledger) -> dict[str, Any]:
         judge=lambda norm, loss: _at_update(engine, seen),
     )
     engine: Any = build_engine(program_of(case, mesh), settings, mesh)
+    sharded = case.engine.name == "torch"
     weights = [p for layer in engine.layers().values() for p in layer.parameters()]
+    weights = list(engine._masters.values()) if sharded else weights
     seen["whole"] = 0
     for weight in (weight for weight in weights if weight.requires_grad):
         weight.register_post_accumulate_grad_hook(lambda _: _at_gradient(weights, seen))
     for step in range(2):
         micro = _micro_batches(case, step, mesh.data.rank)
-        kept = Kept(weights, [x for batch in micro for x in batch.values()])
-        with ledger.counted() as traffic, saved_tensors_hooks(kept.pack, kept.unpack):
+        gathered = whole_parameters(engine._units) if sharded else []
+        kept = Kept([*weights, *gathered], [x for batch in micro for x in batch.values()])
+        with ledger.counted() as traffic, watched(kept.pack, kept.unpack):
             engine.step(micro, 1e-4)
     carrying = {handle or dist.group.WORLD for handle in ledger._group_labels}
     sizes = sorted(n for n in map(dist.get_world_size, carrying) if n > 1)
@@ -282,6 +331,10 @@ def _at_gradient(weights: list[torch.nn.Parameter], seen: dict[str, int]) -> Non
 def _at_update(engine: Any, seen: dict[str, int]) -> str:
     """Gradients that exist when the update is decided."""
     optimizer = getattr(getattr(engine, "_engine", None), "optimizer", None)
+    if engine.name == "torch":
+        shards = engine._buckets.gradients().values()
+        vectors = [p.grad for p in engine._masters.values() if p.grad is not None]
+        seen["partial"] = _bytes([*shards, *vectors])
     if optimizer is not None:
         parts = [g for group in optimizer.averaged_gradients.values() for g in group]
         seen["partial"] = _bytes(parts)
@@ -301,7 +354,7 @@ def _model_bytes(
             outer.fp32_partitioned_groups_flat if third else (outer.single_partition_of_fp32_groups)
         )
         held += [w.ds_tensor for w in weights if hasattr(w, "ds_tensor")]  # type: ignore[misc]
-    sharded = outer is not None and (engine.name == "deepspeed_zero" and engine._stage > 1)
+    sharded = engine.name == "torch" or (engine.name == "deepspeed_zero" and engine._stage > 1)
     weights_alone = {_key(x) for x in held}
     return {
         "parameters": _bytes(held),
@@ -316,7 +369,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[st
     by_case: dict[str, list[dict[str, Any]]] = {}
     for world in (2, 4):
         out = tmp_path_factory.mktemp(f"world{world}")
-        cases = [case for case in [*CASES, TRAFFIC_ONLY] if case.mesh.world == world]
+        cases = [case for case in [*CASES, *TRAFFIC_ONLY] if case.mesh.world == world]
         payload = {"out": str(out), "cases": [asdict(case) for case in cases]}
         modules = {m for case in cases for m in modules_of(case.engine.name, True)}
         preload = ["torch", "torch.distributed", *sorted(modules)]
@@ -339,7 +392,7 @@ def test_bytes_of_every_rank(case: Case, measured: dict[str, list[dict[str, Any]
 
 
 @pytest.mark.world
-@pytest.mark.parametrize("case", [*CASES, TRAFFIC_ONLY], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [*CASES, *TRAFFIC_ONLY], ids=lambda case: case.name)
 def test_traffic_of_every_rank(case: Case, measured: dict[str, list[dict[str, Any]]]) -> None:
     """Calls and bytes of every collective, by group and operation, equal the ledger's."""
     for rank, real in enumerate(measured[case.name]):

@@ -29,6 +29,7 @@ def prior(
     precision: Any = "fp32",
     samples: int = 2,
     errors: ErrorBuffers = "auto",
+    payload: Any = "fp32",
     **engine: Any,
 ) -> PriorTrain:
     """A small prior with a micro-batch of `samples`."""
@@ -37,7 +38,7 @@ def prior(
         model=MODEL,
         mesh=mesh,
         engine=settings,
-        compress=CompressConfig(rank=rank),
+        compress=CompressConfig(rank=rank, payload=payload),
         checkpoint=CheckpointConfig(errors=errors),
         loop=LoopConfig(global_batch_size=2 * samples * mesh.data),
         optim=OptimConfig(clip_norm=0.5),
@@ -55,6 +56,27 @@ CASES: dict[str, tuple[str, Any]] = {
             recompute=True,
         ),
     ),
+    "SP2 x PP2, bf16, selective": (
+        "prior",
+        prior(
+            MeshConfig(tensor=2, pipeline=2, sequence_parallel=True),
+            name="deepspeed_pipe",
+            precision="bf16",
+            recompute=True,
+            recompute_granularity="selective",
+        ),
+    ),
+    "SP2 x DP2, ZeRO-2, compressed in 16 bits": (
+        "prior",
+        prior(
+            MeshConfig(tensor=2, data=2, sequence_parallel=True),
+            rank=8,
+            payload="bf16",
+            name="deepspeed_zero",
+            zero_stage=2,
+            reduce_bucket_size=1000,
+        ),
+    ),
     "PP2 x DP2, compressed": (
         "prior",
         prior(MeshConfig(pipeline=2, data=2), rank=8, name="deepspeed_pipe"),
@@ -67,6 +89,23 @@ CASES: dict[str, tuple[str, Any]] = {
         "prior",
         prior(
             MeshConfig(data=4, nodes=2), rank=8, errors="mean", name="deepspeed_zero", zero_stage=3
+        ),
+    ),
+    "torch, TP2 x DP2, bf16": (
+        "prior",
+        prior(MeshConfig(tensor=2, data=2), name="torch", precision="bf16"),
+    ),
+    "torch, 2 nodes of 2": (
+        "prior",
+        prior(MeshConfig(data=4, nodes=2), rank=8, errors="mean", name="torch"),
+    ),
+    "dVAE, torch": (
+        "dvae",
+        DVAETrain(
+            model=DVAEConfig(pixels=16, width=8, groups=2, codebook=16, code_width=8),
+            mesh=MeshConfig(data=2),
+            engine=EngineConfig(name="torch", gradient_accumulation_steps=2),
+            loop=LoopConfig(global_batch_size=8),
         ),
     ),
     "dVAE, DP2, ZeRO-2": (
@@ -156,7 +195,14 @@ def gpus() -> Iterator[Pool]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["TP2 x PP2, bf16, recomputed", "paper layout, 2 nodes of 2", "dVAE, DP2"]
+    "name",
+    [
+        "TP2 x PP2, bf16, recomputed",
+        "paper layout, 2 nodes of 2",
+        "torch, 2 nodes of 2",
+        "dVAE, torch",
+        "dVAE, DP2",
+    ],
 )
 def test_ranks_that_claim_gpus_make_the_calls_of_those_on_the_cpu(
     name: str, pool: Pool, gpus: Pool

@@ -97,7 +97,10 @@ def _of_run(body: dict[str, Any], settings: StageConfig) -> dict[str, float]:
 
 
 def _with_new_names(layout: dict[str, Any]) -> dict[str, Any]:
-    return renamed(LAYOUT, {**layout, "mesh": renamed(MeshConfig, layout["mesh"])})
+    """A layout of any version; older ones lack the newest settings."""
+    mesh = {"sequence_parallel": False, **renamed(MeshConfig, layout["mesh"])}
+    new = {"recompute_granularity": "full", "compress_payload": "fp32"}
+    return {**new, **renamed(LAYOUT, {**layout, "mesh": mesh})}
 
 
 def _layout_of(settings: StageConfig) -> dict[str, Any]:
@@ -112,8 +115,10 @@ def _layout_of(settings: StageConfig) -> dict[str, Any]:
         // mesh.data
         // engine.gradient_accumulation_steps,
         "recompute": engine.recompute,
+        "recompute_granularity": engine.recompute_granularity,
         "precision": engine.precision,
         "moments": settings.optim.moments,
+        "compress_payload": settings.compress.payload,
         **({"compress_rank": rank} if rank != "auto" else {}),
     }
 

@@ -27,6 +27,7 @@ from core.storage.store import open_store
 from parallel.engines.registry import modules_of
 from parallel.ledger import recorded
 from parallel.mesh import build_mesh
+from parallel.tensor.ops import TensorParallel
 from parallel.world import join_world, leave_world
 from training.launch import PRELOAD
 from training.stages import make_task, settings_from_json
@@ -86,7 +87,7 @@ def trace_rank(payload: str) -> None:
         notes: dict[str, list[Tensor]] = {}
         local = settings.loop.global_batch_size // mesh.data.size
         for name, layer in run.engine.layers().items():
-            _note(layer, name, notes, local)
+            _note(layer, name, notes, local, mesh.shared)
         order = {"layers": [layer.name for layer in task.program.layers]}
         next(run.steps())
         tensors = {key: torch.cat(parts).contiguous().cpu() for key, parts in notes.items()}
@@ -99,17 +100,23 @@ def trace_rank(payload: str) -> None:
     leave_world(world)
 
 
-def _note(layer: Any, name: str, notes: dict[str, list[Tensor]], local: int) -> None:
-    """Record a layer's outputs and their gradients; ignores activation recomputation."""
+def _note(
+    layer: Any, name: str, notes: dict[str, list[Tensor]], local: int, shared: TensorParallel
+) -> None:
+    """Record a layer's outputs and their gradients; ignores activation recomputation.
+
+    `shared` gathers states whose positions tensor ranks share.
+    """
 
     def forward(_module: Any, _inputs: Any, output: Any) -> None:
         parts = output if isinstance(output, Tensor) else None
         if parts is None or not parts.requires_grad or _is_backward():
             return
-        notes.setdefault(f"forward/{name}", []).append(parts.detach().float().clone())
+        states = shared.whole_states(parts.detach().float())
+        notes.setdefault(f"forward/{name}", []).append(states.clone())
 
         def backward(gradient: Tensor) -> None:
-            scaled = gradient.detach().float() * local
+            scaled = shared.whole_states(gradient.detach().float()) * local
             notes.setdefault(f"backward/{name}", []).append(scaled)
 
         parts.register_hook(backward)

@@ -12,7 +12,7 @@ from checkpoint.format import Reader, StateSlice
 from core.errors import ConfigError
 from parallel.adamw import MOMENTS
 from parallel.compress.powersgd import Reduced
-from parallel.config import OptimConfig
+from parallel.config import EngineConfig, OptimConfig
 from parallel.control import Decision, Judge, Vote
 from parallel.engines.deepspeed.hooks import (
     Gradients,
@@ -27,6 +27,7 @@ from parallel.engines.deepspeed.hooks import (
 from parallel.engines.frozen import trained
 from parallel.engines.modules import (
     Compressor,
+    add_stream_gradients,
     build_compressor,
     counts_once,
     decide_update,
@@ -38,9 +39,6 @@ from parallel.engines.modules import (
 from parallel.engines.protocol import EngineSettings, Losses, Program, StepResult
 from parallel.mesh import Group, Mesh
 from parallel.scales import Scales
-
-BUCKET = 2**20
-"""Elements reduced together; ZeRO allocates this much, so it is small on CPUs."""
 
 
 @dataclass(kw_only=True)
@@ -94,6 +92,7 @@ class DeepSpeedEngine:
 
     def _norm(self, gradients: Gradients) -> float:
         """The global norm of partitioned gradients; infinite if the update is to be skipped."""
+        add_stream_gradients(gradients, self._places, self._mesh)
         squares = [
             gradient.double().square().sum() / self._copies
             for name, gradient in gradients.items()
@@ -259,23 +258,24 @@ class DeepSpeedEngine:
 
 
 def zero_config(
-    optim: OptimConfig, stage: int, accumulate: int, elements: int | None
+    optim: OptimConfig, engine: EngineConfig, stage: int, elements: int | None, device: torch.device
 ) -> dict[str, Any]:
     """DeepSpeed's config; `elements` sizes one bucket for all gradients, as compression needs."""
-    bucket = max(elements or 0, BUCKET)
+    own = engine.bucket(device.type == "cuda")
+    bucket = max(elements or 0, own)
     zero: dict[str, Any] = {
         "stage": stage,
         "overlap_comm": False,
         "contiguous_gradients": True,
         "reduce_bucket_size": bucket,
-        "allgather_bucket_size": BUCKET,
+        "allgather_bucket_size": own,
     }
     if stage == 3:
         del zero["allgather_bucket_size"]
-        zero |= {"stage3_prefetch_bucket_size": BUCKET, "reduce_bucket_size": BUCKET}
+        zero |= {"stage3_prefetch_bucket_size": own, "reduce_bucket_size": own}
     return {
         "train_micro_batch_size_per_gpu": 1,
-        "gradient_accumulation_steps": accumulate,
+        "gradient_accumulation_steps": engine.gradient_accumulation_steps,
         "gradient_clipping": optim.clip_norm,
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,

@@ -58,9 +58,9 @@ class DeepSpeedPipeEngine(DeepSpeedEngine):
         super().__init__(program, names, mesh, 1, scales, settings.judge)
         compress, held = settings.compress.on, self._trained.values()
         elements = sum(p.numel() for p in held) if compress else None
-        config = zero_config(
-            settings.optim, 1, settings.engine.gradient_accumulation_steps, elements
-        )
+        config = zero_config(settings.optim, settings.engine, 1, elements, mesh.world.device)
+        if mesh.shared.sequence:  # DeepSpeed would cut what tensor ranks send, as if it were equal
+            config["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
         optimizer = build_adamw(names, settings.optim)
         self._engine = initialize(self._module, optimizer, config, mesh.world.device)
         self._attach_zero12(program, settings)

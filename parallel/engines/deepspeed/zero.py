@@ -53,9 +53,7 @@ class DeepSpeedZeroEngine(DeepSpeedEngine):
         compress = settings.compress.on
         elements = sum(p.numel() for p in self._trained.values()) if compress else None
         engine = settings.engine
-        config = zero_config(
-            settings.optim, self._stage, engine.gradient_accumulation_steps, elements
-        )
+        config = zero_config(settings.optim, engine, self._stage, elements, mesh.world.device)
         whole_world = mesh.data.size == mesh.world.size and mesh.between.size == 1
         mpu = None if whole_world else GroupsOfMesh(mesh, "machine" if self._stage == 3 else "data")
         optimizer = build_adamw(names, settings.optim)

@@ -34,6 +34,10 @@ def _pipe(**mesh: int) -> tuple[MeshConfig, EngineConfig]:
     return MeshConfig(**mesh), EngineConfig(name="deepspeed_pipe", gradient_accumulation_steps=2)
 
 
+def _torch(**mesh: int) -> tuple[MeshConfig, EngineConfig]:
+    return MeshConfig(**mesh), EngineConfig(name="torch", gradient_accumulation_steps=2)
+
+
 LAYOUTS = {
     "1 process": (MeshConfig(), EngineConfig()),
     "TP2": _pipe(tensor=2),
@@ -45,6 +49,8 @@ LAYOUTS = {
     "TP4 padded": _pipe(tensor=4),
     "TP2xDP2 ZeRO-2": _zero(2, tensor=2, data=2),
     "paper 2x2": _zero(3, data=4, nodes=2),
+    "torch TP2xDP2": _torch(tensor=2, data=2),
+    "torch 2x2": _torch(data=4, nodes=2),
 }
 REPLICAS = {
     "4": _zero(1, data=4),
@@ -62,6 +68,13 @@ SOME = [
     ("TP4 padded", "DP4"),
     ("DP4", "TP2xDP2 ZeRO-2"),
     ("TP2xDP2 ZeRO-2", "1 process"),
+    ("1 process", "torch 2x2"),
+    ("torch 2x2", "TP2xPP2xDP2"),
+    ("TP2xPP2", "torch TP2xDP2"),
+    ("torch TP2xDP2", "paper 2x2"),
+    ("paper 2x2", "torch 2x2"),
+    ("torch 2x2", "torch TP2xDP2"),
+    ("torch TP2xDP2", "1 process"),
 ]
 PAIRS = ALL if os.environ.get("TAPIR_MATRIX") == "all" else SOME
 
@@ -140,7 +153,7 @@ def test_one_process_opens_a_checkpoint_of_any_mesh(saved: dict[str, Path], tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["TP2xPP2xDP2", "paper 2x2"])
+@pytest.mark.parametrize("layout", ["TP2xPP2xDP2", "paper 2x2", "torch 2x2"])
 def test_a_compressed_run_resumes_bit_equal(layout: str, tokens: Path, tmp_path: Path) -> None:
     compress = CompressConfig(rank=12, warm_start=True)
     runs = [

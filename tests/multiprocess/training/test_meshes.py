@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +29,7 @@ QUICK = [
     "DP2 ZeRO-2",
     "TP2xDP2 ZeRO-3",
     "paper",
+    "SP2xPP2 pipe",
 ]
 """All of them: tests/multiprocess/training/test_staging.py. TP4 pads its heads."""
 MORE = ["DP2 reference", "DP2 ZeRO-1", "DP2 ZeRO-2", "TP2xDP2 ZeRO-1"]
@@ -56,7 +58,7 @@ def test_a_mesh_trains_as_one_process_does(name: str) -> None:
 
 
 @pytest.mark.world
-@pytest.mark.parametrize("name", ["TP2xPP2 pipe", "DP2 ZeRO-3"])
+@pytest.mark.parametrize("name", ["TP2xPP2 pipe", "DP2 ZeRO-3", "SP2xDP2 ZeRO-1"])
 def test_bf16_stays_within_its_bound(name: str) -> None:
     assert difference(_trained("one", "bf16"), _trained(name, "bf16")) < BOUND["bf16"]
 
@@ -123,10 +125,29 @@ def test_low_rank_is_the_same_for_tensor_shards_zero3_shards_and_a_pipeline() ->
 
 
 @pytest.mark.slow
-def test_recomputed_activations_change_nothing() -> None:
-    case = _case("TP2xPP2 pipe").precise("fp32")
-    again = replace(case, engine=replace(case.engine, recompute=True))
-    assert difference(_trained("one", "fp32"), train(again)) < BOUND["fp32"]
+@pytest.mark.parametrize("granularity", ["full", "selective"])
+@pytest.mark.parametrize("name", ["TP2xPP2 pipe", "SP2xPP2 pipe", "SP2xDP2 ZeRO-3"])
+def test_recomputed_activations_change_nothing(name: str, granularity: Any) -> None:
+    case = _case(name).precise("fp32")
+    engine = replace(case.engine, recompute=True, recompute_granularity=granularity)
+    again = train(replace(case, engine=engine))
+    assert difference(_trained("one", "fp32"), again) < BOUND["fp32"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["DP2 reference", "DP2 ZeRO-2", "SP2xDP2 ZeRO-1"])
+def test_factors_in_16_bits_train_as_those_in_32(name: str) -> None:
+    """Half of the factors' bytes; the residual of one step, with what is rounded, goes into the
+    next ones."""
+    case = replace(_case(name).precise("fp32"), compress=CompressConfig(rank=8))
+    wide = train(case)
+    half = train(replace(case, compress=CompressConfig(rank=8, payload="bf16")))
+    assert 0 < difference(wide, half) < BOUND["bf16"]
+    parameters = sum(p.numel() for p in build_prior(ONE.model).parameters())
+    assert half[0]["compress_sent_bytes"] < wide[0]["compress_sent_bytes"] < 4 * parameters
+    sent = [row[0]["comm"]["data"]["all_reduce"]["bytes"] for row in (wide, half)]
+    saved = wide[0]["compress_sent_bytes"] - half[0]["compress_sent_bytes"]
+    assert sent[0] - sent[1] == saved
 
 
 @pytest.mark.world

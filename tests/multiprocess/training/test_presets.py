@@ -54,7 +54,7 @@ KEPT = {
     "loop": ("global_batch_size", "validation_samples"),
     "order": ("lanes", "shuffle_buffer"),
     "engine": ("precision", "gradient_accumulation_steps", "recompute", "name", "zero_stage"),
-    "compress": ("rank", "warm_start", "error_feedback"),
+    "compress": ("rank", "warm_start", "error_feedback", "payload"),
     "optim": ("ema", "ema_every", "halvings", "max_variance", "moments"),
 }
 

@@ -15,9 +15,9 @@ from core.memory import keep_freed_memory
 from models.config import DVAEConfig, PriorConfig
 from models.dvae import DVAE
 from models.prior import prior_program
+from parallel.config import CPU_BUCKET as BUCKET
 from parallel.config import CompressConfig, EngineConfig, MeshConfig
 from parallel.engines.deepspeed import zero as deepspeed_zero
-from parallel.engines.deepspeed.engine import BUCKET
 from parallel.engines.protocol import EngineSettings, Layer, Program
 from parallel.engines.registry import build_engine, modules_of
 from parallel.mesh import Mesh, build_mesh

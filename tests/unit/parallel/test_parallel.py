@@ -149,6 +149,10 @@ def test_a_flat_range_reads_back_with_zeros_for_padding(tmp_path: Path) -> None:
         (MeshConfig(data=4, nodes=2), EngineConfig(name="deepspeed_zero"), 0, "paper's layout"),
         (MeshConfig(data=4), EngineConfig(name="deepspeed_zero", zero_stage=3), 8, "mesh.nodes"),
         (MeshConfig(tensor=2), EngineConfig(name="deepspeed_pipe"), 8, "no gradients are sent"),
+        (MeshConfig(), EngineConfig(name="torch"), 0, "at least 2 ranks"),
+        (MeshConfig(pipeline=2), EngineConfig(name="torch"), 0, "use --engine.name deepspeed_pipe"),
+        (MeshConfig(data=4), EngineConfig(name="torch"), 8, "set mesh.nodes"),
+        (MeshConfig(tensor=2, data=4, nodes=2), EngineConfig(name="torch"), 0, "mesh.tensor 1"),
     ],
 )
 def test_impossible_choices_are_named_with_the_nearest_possible(

@@ -15,7 +15,8 @@ from core.errors import ConfigError
 from core.keys import key_int
 from parallel.compress import advisor
 from parallel.compress.advisor import Link, advise, chosen_rank, measure_compute, measure_link
-from parallel.compress.powersgd import MatrixShard, PowerSGD, Reduced, _orthonormal, shard_rank
+from parallel.compress.orthogonal import orthonormal
+from parallel.compress.powersgd import MatrixShard, PowerSGD, Reduced, shard_rank
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
 from parallel.control import Vote, accept_all
 from parallel.device import CPU
@@ -76,7 +77,7 @@ def test_a_square_matrix_is_not_turned_and_none_may_be_compressed() -> None:
 
 
 def test_a_zero_gradient_has_the_shifts_basis() -> None:
-    assert _orthonormal(torch.zeros(1, 3, 2)).abs()[0].tolist() == [[1, 0], [0, 1], [0, 0]]
+    assert orthonormal([torch.zeros(1, 3, 2)])[0][0].tolist() == [[1, 0], [0, 1], [0, 0]]
 
 
 def test_ranks_below_one_are_refused_and_wide_ranks_are_cut() -> None:
@@ -261,7 +262,7 @@ def test_norms_losses_and_wishes_are_shared_by_two_ranks(
         first = decide_update(squares, _mesh(number), scales, vote, accept_all)
         results = [first.clipped_by, first.loss, first.stopping]
         if number == 0:
-            here["a"].finite = False
+            here["a"].note(torch.tensor(math.inf))
         blind = replace(vote, losses=[])
         second = decide_update(squares, _mesh(number), scales, blind, accept_all)
         results += [second.clipped_by, second.loss]
@@ -349,7 +350,8 @@ def test_what_is_compressed_and_at_which_rank(monkeypatch: pytest.MonkeyPatch) -
     assert made._powersgd.bases()["a.w"].equal(torch.randn(4, 2, generator=seed))
     asked: list[Any] = []
 
-    def chosen(shards: Any, others: int, number: int, handle: Any, device: Any) -> int:
+    def chosen(shards: Any, others: int, number: int, *rest: Any) -> int:
+        assert rest == (group.handle, CPU, 4)
         asked.append((len(shards), shards[0].rows, shards[0].columns, others, number))
         return 6 if len(asked) == 1 else 0
 
@@ -427,7 +429,7 @@ def test_counters_and_defaults_of_scales() -> None:
     assert least.value == 128.0 and least.since_division == 0
     facts = Scales([], {"a": Scale(value=256.0), "b": Scale(value=2048.0)}).facts()
     assert facts == {"scale_log2_min": 8.0, "scale_log2_max": 11.0} and Scales([], {}).facts() == {}
-    flags = Scales(["a", "b"], {"b": Scale(finite=False)}).broken(CPU)
+    flags = Scales(["a", "b"], {"b": Scale(flags=[torch.tensor(False)])}).broken(CPU)
     assert flags.tolist() == [0.0, 1.0] and flags.dtype == torch.float64, "as what it goes with"
 
 

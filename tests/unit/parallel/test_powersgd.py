@@ -1,13 +1,17 @@
 """PowerSGD on one process, against its definition."""
 
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from parallel.compress.powersgd import MatrixShard, PowerSGD
 from parallel.device import CPU
+from tests.forked import forked_ranks
 
 SHAPES = {"wide": (6, 20), "tall": (20, 6), "square": (8, 8)}
 
@@ -130,3 +134,30 @@ def test_bytes_are_those_of_the_factors() -> None:
     reduced = _powersgd().reduce(_gradients(0))
     assert reduced.raw_bytes == 4 * (120 + 120 + 64 + 5)
     assert reduced.sent_bytes == 4 * (2 * 26 + 2 * 26 + 2 * 16 + 5 + 1)
+
+
+def test_16_bit_factors_lose_nothing_but_time(tmp_path: Path) -> None:
+    """Two ranks: what is not handed out is owed, rounding included, and goes out later; all else is
+    sent in fp32."""
+
+    def rank(number: int) -> Any:
+        power = PowerSGD(_shards(), rank=2, seed=0, group=dist.group.WORLD, device=CPU,
+                         payload=torch.bfloat16)  # fmt: skip
+        rows = []
+        for step in range(6):
+            reduced = power.reduce(_gradients(2 * step + number))
+            rows.append({name: g.tolist() for name, g in reduced.gradients.items()})
+        owed = {name: error.tolist() for name, error in power.errors().items()}
+        return rows, owed, reduced.sent_bytes
+
+    (rows, owed0, sent), (others, owed1, _) = forked_ranks(tmp_path, 2, rank)
+    assert rows == others
+    factors = sum(2 * sum(shape) for shape in SHAPES.values())
+    assert sent == 2 * factors + 4 * (5 + 1)
+    for name in SHAPES:
+        handed = sum(torch.tensor(row[name]) for row in rows)
+        given = sum(_gradients(n)[name] for n in range(12))
+        owed = torch.tensor(owed0[name]) + torch.tensor(owed1[name])
+        torch.testing.assert_close(2 * handed + owed, given, rtol=1e-5, atol=1e-4)
+    exact = sum(_gradients(n)["bias"] for n in (0, 1)) / 2
+    torch.testing.assert_close(torch.tensor(rows[0]["bias"]), exact)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -25,7 +26,9 @@ from core.config import to_json
 from core.heartbeat import Heart
 from core.storage.store import FolderStore
 from models.attention.masks import full_mask
+from parallel.compress import powersgd
 from parallel.compress.advisor import measure_compute
+from parallel.compress.orthogonal import orthonormal
 from parallel.compress.powersgd import MatrixShard, PowerSGD
 from parallel.config import CompressConfig, EngineConfig, OptimConfig
 from parallel.control import Vote, accept_all
@@ -190,8 +193,11 @@ def _compressor(device: torch.device) -> Compressor:
     return Compressor({"w": place}, shards, 2, settings, Group(), Group(), device)
 
 
-def test_gradients_are_compressed_where_they_are(tmp_path: Path) -> None:
-    """A flat gradient followed by padding; buffers are saved and loaded."""
+def test_gradients_are_compressed_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A flat gradient followed by padding; buffers are saved and loaded. Bases as on GPUs."""
+    monkeypatch.setattr(powersgd, "orthonormal", partial(orthonormal, cholesky=True))
     results = {}
     for device in (CPU, SECOND):
         draws, compressor = torch.Generator().manual_seed(0), _compressor(device)
@@ -231,7 +237,8 @@ def test_advice_is_measured_on_the_device(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_one_reduction_decides_on_the_device() -> None:
-    mesh, scale = Mesh(world=World(device=SECOND)), Scale(finite=False)
+    mesh, scale = Mesh(world=World(device=SECOND)), Scale()
+    scale.note(torch.tensor(math.inf, device=SECOND))
     vote = Vote(losses=[{"loss": torch.tensor(3.0, device=SECOND)}])
     squares = [torch.tensor(16.0, device=SECOND)]
     decision = decide_update(squares, mesh, Scales([], {}), vote, accept_all)

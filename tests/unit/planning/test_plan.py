@@ -1,6 +1,7 @@
 """The parts of a plan: counting, schedules, kernels, links, the search and its verb."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ from core.memory import memory_unit, size_text
 from models.config import PriorConfig
 from models.counts import prior_parameters
 from parallel.balance import stage_layers
-from parallel.config import CompressConfig, EngineConfig, EngineName, MeshConfig
+from parallel.config import (
+    CPU_BUCKET,
+    GPU_BUCKET,
+    CompressConfig,
+    EngineConfig,
+    EngineName,
+    MeshConfig,
+)
 from parallel.mesh import RankCoordinates
 from parallel.placement import Placement
 from planning.calibration.calibrate import (
@@ -29,14 +37,14 @@ from planning.config import settings_of
 from planning.estimate.collectives import all_reduce, group_span
 from planning.estimate.hardware import KNOWN, MEASURED, hardware_of
 from planning.estimate.kernels import Kernels, flops, seconds
-from planning.estimate.layer_work import pairs
+from planning.estimate.layer_work import compression_work, pairs
 from planning.estimate.layers import Held, count_parameters, rank_layers
 from planning.estimate.memory import CATEGORIES, loads_of, rank_bytes
 from planning.estimate.pipeline_schedule import actions, crowded, play
 from planning.estimate.reserve import NCCL, PROCESS, nccl_bytes
-from planning.estimate.search import MOST_MICRO, Candidate, search, variants_of, weigh
+from planning.estimate.search import MOST_MICRO, Candidate, link_bucket, search, variants_of, weigh
 from planning.estimate.step_time import estimate
-from planning.estimate.zero_layout import BUCKET, padded, touched
+from planning.estimate.zero_layout import bucket_of, factored, padded, touched
 from tests.harness import tapir
 
 TINY = settings_of("tiny")
@@ -138,10 +146,20 @@ def test_calibration_finds_pythons_cost() -> None:
     assert fitted == pytest.approx(expected, rel=1e-6)
 
 
-def test_the_bucket_is_the_engines() -> None:
-    from parallel.engines.deepspeed import engine as deepspeed_engine
-
-    assert deepspeed_engine.BUCKET == BUCKET
+def test_buckets_are_named_by_the_link() -> None:
+    """5% of a bucket's time is latency: 20 x rate x latency x hops bytes, in fp32."""
+    h100, cpu = hardware_of("h100"), hardware_of("cpu")
+    inside = 20 * 0.8 * 450e9 * 8e-6 * 3 / 4  # 8 processors of a node, 3 hops
+    assert link_bucket(MeshConfig(data=8), 1, h100) == 2**25 == 2 ** round(math.log2(inside))
+    between = 20 * 0.8 * 400e9 / 2 * 15e-6 * 6 / 4  # 64 replicas, 2 groups share a node's network
+    mesh = MeshConfig(data=64, tensor=2)
+    assert link_bucket(mesh, 1, h100) == 2 ** min(26, round(math.log2(between)))
+    assert (
+        link_bucket(MeshConfig(data=8), 1, cpu) == link_bucket(MeshConfig(tensor=2), 1, h100) == 0
+    )
+    settings = replace(TINY, engine=EngineConfig(reduce_bucket_size=7))
+    assert (bucket_of(TINY), bucket_of(settings)) == (CPU_BUCKET, 7)
+    assert EngineConfig().bucket(gpu=True) == GPU_BUCKET
 
 
 @given(sizes=st.lists(st.integers(1, 50), min_size=1, max_size=9), replicas=st.integers(1, 5))
@@ -443,3 +461,17 @@ def test_the_papers_model_on_the_papers_machines(tmp_path: Path) -> None:
 
 def test_an_unknown_preset_is_named() -> None:
     assert "paper_12b" in tapir("plan", "paper_13b", code=2)
+
+
+def test_orthogonalisation_is_priced_as_it_runs() -> None:
+    """CholeskyQR2 on GPUs: two Gram matrices and two solves in fp64; Householder on CPUs."""
+    settings = replace(settings_of("paper_12b"), compress=CompressConfig(rank=896))
+    loads = loads_of(settings, RankCoordinates(stage=3))
+    shards = list(factored(settings, loads.held, loads.at))
+    products = sum(6.0 * s.rows * s.columns * s.rank for s in shards)
+    on_gpu, on_cpu = (
+        flops(compression_work(loads, hardware_of(name))) - products for name in ("h100", "cpu")
+    )
+    passes = [8.0 * min(s.rows, s.columns) * s.rank**2 for s in shards]
+    assert on_gpu == pytest.approx(2 * sum(passes))
+    assert on_cpu == pytest.approx(sum(passes) / (2 * 0.4), 1e-3)

@@ -178,6 +178,44 @@ def test_a_planted_fault_is_detected_and_located(kind: str, pool: Pool) -> None:
     assert mismatch.hint and mismatch.waiting
 
 
+TORCH = replace(TENSOR, mesh=MeshConfig(data=4, nodes=2), engine=EngineConfig(name="torch"))
+"""Two machines of two ranks on torch's own stack."""
+
+
+def leaves_out_a_bucket(task: RankTask, broker: Any) -> Sequence:
+    """One rank does not reduce one layer between machines."""
+    from parallel.engines.fsdp.buckets import Buckets
+
+    start, calls = Buckets._start, []
+
+    def sometimes(self: Any, unit: Any, known: Any) -> None:
+        calls.append(unit)
+        if len(calls) != 2:
+            start(self, unit, known)
+
+    if task.rank == ODD:
+        Buckets._start = sometimes  # type: ignore[method-assign]
+    return run_rank(task, broker)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("runner", "kind", "operation"),
+    [
+        (leaves_out_a_bucket, "another size", "all_reduce over ranks 1, 3"),
+        (sends_another_size, "skipped call", "all_reduce over ranks 1, 3"),
+    ],
+)
+def test_a_fault_planted_in_engine_torch_is_located(
+    runner: Any, kind: str, operation: str, pool: Pool
+) -> None:
+    mismatch = rehearse("planted", "prior", TORCH, pool, runner).mismatch
+    assert mismatch is not None and mismatch.kind == kind, mismatch and mismatch.report()
+    named = [side for side in mismatch.sides if side.operation == operation]
+    assert named, mismatch.report()
+    assert any("buckets.py" in line for side in named for line in side.places), mismatch.report()
+
+
 @pytest.mark.slow
 def test_a_stage_that_waits_on_the_host_for_a_gpu_tensor_is_reported(pool: Pool) -> None:
     """The last stage broadcasts with nccl, the others wait in gloo: every step hangs."""
@@ -223,7 +261,7 @@ def test_presets_with_too_few_validation_samples_are_named() -> None:
 
 
 @pytest.mark.world
-@pytest.mark.parametrize("settings", [TENSOR, replace(PIPE, grow=True)])
+@pytest.mark.parametrize("settings", [TENSOR, TORCH, replace(PIPE, grow=True)])
 def test_what_matches_passes(settings: PriorTrain, pool: Pool) -> None:
     result = rehearse("as it is", "prior", settings, pool)
     assert result.matches, result.mismatch and result.mismatch.report()

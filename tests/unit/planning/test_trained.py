@@ -19,7 +19,7 @@ from planning.estimate.layer_work import backward_work, forward_work
 from planning.estimate.layers import Held, Marks, count_parameters, count_trained
 from planning.estimate.memory import loads_of, marks_of, rank_bytes
 from planning.estimate.search import Candidate, variants_of, weigh
-from planning.estimate.traffic import branches_with_gradients
+from planning.estimate.tallies.tensor import branches_with_gradients
 from planning.plan import planned_settings
 from planning.report import flags_of
 from tests.harness import tapir
@@ -80,14 +80,15 @@ def test_inputs_have_gradients_after_the_first_trained_parameter() -> None:
     inputs = {name: each.input_too for name, (_, each) in marks.items()}
     assert [name for name, none in inputs.items() if none] == ["block000", "block001"]
     counts = {n: branches_with_gradients(*marks[n]) for n in inputs if n.startswith("block")}
-    assert list(counts.values()) == [0, 1, 2, 2]
+    assert [count for count, _, _ in counts.values()] == [0, 1, 2, 2]
+    assert [(own, reads) for _, own, reads in counts.values()] == [(0, 0), (1, 0), (2, 2), (2, 2)]
     part = marks["block000"][0]
     one = replace(part, parameters={"q.lora_a": _held()} | part.parameters)
-    assert branches_with_gradients(one, Marks(input_too=True)) == 1
+    assert branches_with_gradients(one, Marks(input_too=True)) == (1, 2, 1)
     norm = replace(part, parameters={"attention_norm.weight": _held()})
-    assert branches_with_gradients(norm, Marks(input_too=True)) == 2
+    assert branches_with_gradients(norm, Marks(input_too=True)) == (2, 2, 0)
     down = replace(part, parameters={"down.weight": _held()})
-    assert branches_with_gradients(down, Marks(input_too=True)) == 0
+    assert branches_with_gradients(down, Marks(input_too=True)) == (0, 1, 0)
 
 
 def _held() -> Held:

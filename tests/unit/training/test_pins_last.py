@@ -34,7 +34,7 @@ from models.dvae import DVAE
 from models.initialization import init_fan_in, init_normal
 from models.prior import PriorHead, prior_program
 from parallel.adamw import AdamW, AdamW16
-from parallel.compress import advisor, powersgd
+from parallel.compress import advisor, orthogonal
 from parallel.compress.advisor import measure_link
 from parallel.compress.powersgd import MatrixShard, PowerSGD
 from parallel.config import OptimConfig
@@ -196,7 +196,7 @@ def test_the_slowest_rank_says_what_a_link_is(
 
 
 def test_what_is_not_a_number_comes_back_as_zero() -> None:
-    assert powersgd.SHIFT == 1e-6
+    assert orthogonal.SHIFT == 1e-6
     shards = [MatrixShard(name="w", rows=3, columns=4)]
     power = PowerSGD(shards, rank=1, seed=0, group=None, device=CPU)
     bad = torch.tensor([math.nan, math.inf, -math.inf, 2.0])

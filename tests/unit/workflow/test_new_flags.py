@@ -30,6 +30,8 @@ BEFORE = ROOT / "tests" / "golden" / "before"
 STAGES = ("dvae", "prior", "clip")
 GIVEN: dict[str, Value] = {"resume_with": "loop.log_every=3", "track": "tensorboard,wandb"}
 """Flags that do not take any value of their type."""
+TOGETHER: dict[str, Value] = {"mesh.tensor": 2, "mesh.sequence_parallel": True}
+"""A flag that needs another one; only a prior has tensor ranks."""
 
 
 def new_flags(stage: str) -> dict[str, Value]:
@@ -40,8 +42,8 @@ def new_flags(stage: str) -> dict[str, Value]:
     return {
         name: GIVEN.get(name, _other(kind, _setting(preset, name)))
         for name, kind in known_flags(type(preset)).types.items()
-        if not _has(old, name.split("."))
-    }
+        if not _has(old, name.split(".")) and name not in TOGETHER
+    } | (TOGETHER if stage == "prior" else {})
 
 
 def _has(body: Any, names: list[str]) -> bool:
