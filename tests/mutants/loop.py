@@ -117,8 +117,11 @@ class _Loop:
         return partial(try_sources, changed, tests, seconds=self._chosen.seconds, patience=patience)
 
     def _warm(self, warm: Warm, mutant: Mutant, patience: float) -> Work:
+        tests = self._chosen.of(mutant)
+        if not tests:
+            return _nothing
         how = {"seconds": self._chosen.seconds, "patience": patience}
-        return partial(warm.try_patch, _patch(mutant), self._chosen.of(mutant), **how)
+        return partial(warm.try_patch, _patch(mutant), tests, **how)
 
 
 def _patch(mutant: Mutant) -> Patch | None:

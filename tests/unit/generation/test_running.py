@@ -14,8 +14,8 @@ from generation.config import DrawSettings
 from generation.sampling import draw as choosing
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.kv_cache import CacheShape, Lane, reads_of
-from generation.sampling.pipeline import Neighbours
-from generation.sampling.running import Candidate, RunningBatch
+from generation.sampling.pipeline import Leader, Neighbours
+from generation.sampling.running import Candidate, Progress, RunningBatch
 from generation.sampling.sampler import Prompt, Sampler
 from models.attention.masks import Kind, image_mask
 from models.config import PriorConfig
@@ -272,6 +272,44 @@ def test_with_three_lanes_two_codes_come_a_step_late(layers: nn.ModuleDict) -> N
     assert seen == [(2, 0), (4, 0), (0, 1)]
 
 
+class Tape(Leader):
+    """Rank 0, whose words are recorded, or another rank, that hears them."""
+
+    def __init__(self, said: list[list[int]], rank: int) -> None:
+        self.said, self.rank = said, rank
+
+    def tell(self, words: list[int]) -> list[int]:
+        if self.rank:
+            return self.said.pop(0)
+        self.said.append(words)
+        return words
+
+
+def test_another_rank_decodes_what_rank_0_decides(
+    layers: nn.ModuleDict, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[list[int]] = []
+    heard = list[list[tuple[int, list[int]]]]()
+
+    def note(batch: RunningBatch, words: list[int]) -> list[Progress]:
+        progress = advance(batch, words)
+        heard[-1] += [(each.position, each.codes.tolist()) for each in progress]
+        return progress
+
+    advance = RunningBatch._advance
+    monkeypatch.setattr(RunningBatch, "_advance", note)
+    for rank in range(2):
+        part = LocalPrior(layers=layers, config=CONFIG, lead=Tape(said, rank))
+        batch = RunningBatch(Decoder(part), 4)
+        heard.append([])
+        if rank:
+            batch.follow()
+        else:
+            story(batch, candidates(CONFIG, 3))
+            batch.close()
+    assert not said and heard[0] == heard[1] and len(heard[0]) > 40
+
+
 def test_a_candidate_that_cannot_be_drawn_is_refused(decoder: Decoder) -> None:
     batch, good = RunningBatch(decoder, 2), candidates(CONFIG)[0]
     codes, some = torch.arange(16), torch.arange(16) < 3
@@ -281,7 +319,7 @@ def test_a_candidate_that_cannot_be_drawn_is_refused(decoder: Decoder) -> None:
         "temperature=-1": {"settings": DrawSettings(temperature=-1.0)},
         "16 codes, and say": {"prompt": Prompt(codes=codes[:9], kept=some)},
         "nothing would be drawn": {"prompt": Prompt(codes=codes, kept=some | True)},
-        "kept codes must be 0 to 19": {"prompt": Prompt(codes=codes + 19, kept=some)},
+        "kept codes must be 0 to 19": {"prompt": Prompt(codes=codes * 0 + 20, kept=some)},
     }
     for text, change in wrong.items():
         with pytest.raises(ConfigError, match=text):
