@@ -42,7 +42,7 @@ _PEERS = ("root_rank", "dst", "src")
 _LIBRARIES = ("deepspeed", "megatron")
 _WRAPPERS = ("deepspeed/comm/", "deepspeed/utils/", "deepspeed/runtime/pipe/p2p.py")
 _OWN = ("parallel", "models", "training")
-_PLACES = 3
+_PLACES = 5
 _DEPTH = 14
 """Maximum stack frames from a function of torch.distributed to the dispatcher, with a margin."""
 _C10D = dist.distributed_c10d.__file__
