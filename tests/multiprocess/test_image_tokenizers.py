@@ -20,7 +20,7 @@ from tests.unit.models.tokenizers.test_equality import vq_folder
 from training.export.tokenizers import open_tokenizer
 
 pytestmark = [
-    pytest.mark.seconds,
+    pytest.mark.slow,
     pytest.mark.skipif(not installed("diffusers"), reason=DEVELOPERS),
 ]
 SHORT = ["--loop.steps=3", "--loop.global-batch-size=16", "--loop.validation-samples=16"]

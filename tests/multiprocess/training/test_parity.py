@@ -67,7 +67,7 @@ def test_a_run_in_two_parts_on_two_meshes_is_the_unbroken_one(
     assert (tmp_path / "model.safetensors").exists()
 
 
-@pytest.mark.world
+@pytest.mark.slow
 def test_mpirun_gives_the_same(runs: dict[str, Path], tokens: Path, tmp_path: Path) -> None:
     mpirun = shutil.which("mpirun", path=str(Path(sys.executable).parent)) or shutil.which("mpirun")
     assert mpirun, "pip install mpich"
@@ -80,7 +80,7 @@ def test_mpirun_gives_the_same(runs: dict[str, Path], tokens: Path, tmp_path: Pa
     assert rows_of(tmp_path)[-1]["loss"] == rows_of(runs["zero-2"])[-1]["loss"]
 
 
-@pytest.mark.world
+@pytest.mark.slow
 def test_torchrun_gives_the_same(runs: dict[str, Path], tokens: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command += [str(ROOT / "tapir.py"), "train", "prior", "tiny"]
