@@ -275,20 +275,20 @@ def test_with_three_lanes_two_codes_come_a_step_late(layers: nn.ModuleDict) -> N
 class Tape(Leader):
     """Rank 0, whose words are recorded, or another rank, that hears them."""
 
-    def __init__(self, said: list[list[int]], rank: int) -> None:
-        self.said, self.rank = said, rank
+    def __init__(self, words: list[list[int]], rank: int) -> None:
+        self.words, self.rank = words, rank
 
     def tell(self, words: list[int]) -> list[int]:
         if self.rank:
-            return self.said.pop(0)
-        self.said.append(words)
+            return self.words.pop(0)
+        self.words.append(words)
         return words
 
 
 def test_another_rank_decodes_what_rank_0_decides(
     layers: nn.ModuleDict, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    said: list[list[int]] = []
+    words: list[list[int]] = []
     heard = list[list[tuple[int, list[int]]]]()
 
     def note(batch: RunningBatch, words: list[int]) -> list[Progress]:
@@ -299,7 +299,7 @@ def test_another_rank_decodes_what_rank_0_decides(
     advance = RunningBatch._advance
     monkeypatch.setattr(RunningBatch, "_advance", note)
     for rank in range(2):
-        part = LocalPrior(layers=layers, config=CONFIG, lead=Tape(said, rank))
+        part = LocalPrior(layers=layers, config=CONFIG, lead=Tape(words, rank))
         batch = RunningBatch(Decoder(part), 4)
         heard.append([])
         if rank:
@@ -307,7 +307,7 @@ def test_another_rank_decodes_what_rank_0_decides(
         else:
             story(batch, candidates(CONFIG, 3))
             batch.close()
-    assert not said and heard[0] == heard[1] and len(heard[0]) > 40
+    assert not words and heard[0] == heard[1] and len(heard[0]) > 40
 
 
 def test_a_candidate_that_cannot_be_drawn_is_refused(decoder: Decoder) -> None:
