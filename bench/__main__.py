@@ -14,6 +14,7 @@ from bench.support.sizes import TINY
 
 _RUNS = re.compile(r"^def run\(|^from bench\.\S+ import run$", re.MULTILINE)
 _OWN = {
+    "compression": ("payloads", "steps", "seeds"),
     "dedup": ("rows",),
     "gpu": ("device", "out", "only", "budget"),
     "pictures": ("step_ms",),
@@ -51,6 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     gpu.add_argument("--out", help="folder of the rows ($OUT, else runs/gpu)")
     gpu.add_argument("--only", help="names of sections, with commas between them")
     gpu.add_argument("--budget", type=float, help="seconds of all sections together (420)")
+    compression = parser.add_argument_group("of compression alone")
+    compression.add_argument(
+        "--payloads", action="store_true", default=None, help="16-bit and fp32 factors alone"
+    )
+    compression.add_argument("--steps", type=int, help="steps of each run (1000)")
+    compression.add_argument("--seeds", type=int, help="runs of each variant (3)")
     dedup = parser.add_argument_group("of dedup alone")
     dedup.add_argument("--rows", type=int, help="rows of the catalogue (250000000)")
     finish = parser.add_argument_group("of token_finish alone")

@@ -60,6 +60,8 @@ class Loads:
     at: RankCoordinates
     layers: tuple[RankLayer, ...]
     held: Mapping[str, Held]
+    emulates: bool = False
+    """fp16 is emulated, as on CPUs: 16-bit values are gathered and sent in fp32."""
 
     @property
     def micro(self) -> int:
@@ -82,12 +84,15 @@ class Loads:
         )
 
 
-def loads_of(settings: PriorTrain, at: RankCoordinates) -> Loads:
-    """The layers and parameters of the rank at some coordinates."""
+def loads_of(settings: PriorTrain, at: RankCoordinates, emulates: bool = False) -> Loads:
+    """The layers and parameters of the rank at some coordinates.
+
+    `emulates`: fp16 is emulated, as on CPUs.
+    """
     mesh = settings.mesh
     training = training_of(settings)
     layers, held = _held(settings.model, mesh.tensor, mesh.pipeline, at.shard, at.stage, training)
-    return Loads(settings=settings, at=at, layers=layers, held=held)
+    return Loads(settings=settings, at=at, layers=layers, held=held, emulates=emulates)
 
 
 @lru_cache(maxsize=512)
@@ -216,7 +221,7 @@ def _third_stage(loads: Loads, total: int, moment: int) -> Bytes:
 def _fsdp(loads: Loads, moment: int) -> Bytes:
     """Engine torch: two units gathered at a time, one's gradient on its way to the shards."""
     mesh, held = loads.settings.mesh, loads.held.values()
-    units = units_of(loads.settings, loads.layers)
+    units = units_of(loads.settings, loads.layers, loads.emulates)
     trained = sum(shard_elements(h, mesh.local) for h in held if h.trained)
     rank = loads.at.replica % mesh.local
     own = sum(real_elements(h, mesh.local, rank) for h in held if h.trained)
@@ -283,7 +288,7 @@ def _compression_bytes(loads: Loads) -> Bytes:
     factors = sum(s.sent for s in shards)
     means = errors  # gradients are handed out whole before the optimiser runs
     if uses_fsdp(loads.settings):  # in place; two buckets' gradients with their errors
-        units = units_of(loads.settings, loads.layers)
+        units = units_of(loads.settings, loads.layers, loads.emulates)
         means = 2 * max(unit.padded(loads.settings.mesh.local) for unit in units)
         means //= loads.settings.mesh.local
     return {"compression": 4 * (errors + long_sides + 2 * factors + means)}

@@ -81,7 +81,8 @@ def estimate(settings: PriorTrain, hardware: Hardware) -> Estimate:
     Ranks that share cores slow each other down while they compute at the same time.
     """
     mesh, times = settings.mesh, settings.engine.gradient_accumulation_steps
-    loads = [loads_of(settings, RankCoordinates(stage=stage)) for stage in range(mesh.pipeline)]
+    stages_at = map(RankCoordinates, range(mesh.pipeline))
+    loads = [loads_of(settings, at, hardware.cores > 0) for at in stages_at]
     stages = [_stage(one, hardware) for one in loads]
     played = _played(settings, stages, hardware)
     slowest = max(range(len(stages)), key=lambda i: stages[i].forward + stages[i].backward)
@@ -123,7 +124,7 @@ def rough_seconds(settings: PriorTrain, hardware: Hardware) -> float:
     """Estimate a step without simulating the pipeline: every stage as slow as the slowest."""
     mesh, times = settings.mesh, settings.engine.gradient_accumulation_steps
     ends = sorted({0, mesh.pipeline - 1})
-    loads = [loads_of(settings, RankCoordinates(stage=stage)) for stage in ends]
+    loads = [loads_of(settings, RankCoordinates(stage), hardware.cores > 0) for stage in ends]
     stages = [_stage(one, hardware) for one in loads]
     slowest = max(stage.forward + stage.backward for stage in stages)
     return (times + mesh.pipeline - 1) * slowest + sum(ending_seconds(loads[0], hardware).values())
@@ -159,7 +160,7 @@ def _layer(loads: Loads, part: RankLayer, hardware: Hardware) -> tuple[float, fl
     settings = loads.settings
     config, micro = settings.model, loads.micro
     block = part.name.startswith("block")
-    state = float(wire_bytes(settings) if block else 4) * micro * config.length * config.dim
+    state = float(wire_bytes(loads) if block else 4) * micro * config.length * config.dim
     span = group_span(settings.mesh, "tensor")
     each = all_reduce(state, span, hardware) if settings.mesh.tensor > 1 else 0.0
     there = back = 0.0
@@ -186,8 +187,7 @@ def _third_stage(loads: Loads, part: RankLayer, hardware: Hardware) -> float:
         return 0.0
     mesh = loads.settings.mesh
     half = uses_fsdp(loads.settings) and part.name.startswith("block")
-    width = 2.0 if half and loads.settings.engine.precision != "fp32" else 4.0
-    count = width * sum(h.numel for h in part.parameters.values())
+    count = float(wire_bytes(loads) if half else 4) * sum(h.numel for h in part.parameters.values())
     return gather(count, group_span(mesh, "machine"), hardware)
 
 

@@ -198,6 +198,8 @@ that saves no weights in 16 bits."""
 TRAFFIC_ONLY = [
     _case("recompute", MeshConfig(tensor=2, pipeline=2), "deepspeed_pipe", recompute=True),
     _case("SP2 x PP2, recompute", replace(TP2, pipeline=2), "deepspeed_pipe", recompute=True),
+    _case("torch, fp16", MeshConfig(data=2), "torch", WIDE, precision="fp16"),
+    _case("torch, TP2, fp16", MeshConfig(tensor=2), "torch", precision="fp16"),
 ]
 
 
@@ -213,7 +215,7 @@ def planned(case: Case, rank: int) -> Loads:
         lora=case.lora,
         freeze=case.freeze,
     )
-    return loads_of(settings, coordinates_of(case.mesh, rank))
+    return loads_of(settings, coordinates_of(case.mesh, rank), emulates=True)
 
 
 class Kept:

@@ -66,8 +66,12 @@ def vectors_of(held: Mapping[str, Held]) -> int:
     return sum(h.numel for h in held.values() if h.trained and not h.matrix)
 
 
-def units_of(settings: PriorTrain, layers: Sequence[RankLayer]) -> list[PlannedUnit]:
+def units_of(
+    settings: PriorTrain, layers: Sequence[RankLayer], emulates: bool
+) -> list[PlannedUnit]:
     """The units of a rank's layers, in the order of the forward pass; the root comes last.
+
+    `emulates`: fp16 is emulated, as on CPUs, with fp32 weights.
 
     A layer before the first one that is trained has no backward pass; the last of those is
     gathered ahead of one nevertheless.
@@ -84,7 +88,7 @@ def units_of(settings: PriorTrain, layers: Sequence[RankLayer]) -> list[PlannedU
         if ties:
             root |= mine
         elif mine:
-            half = part.name.startswith("block") and _in_16_bits(settings)
+            half = part.name.startswith("block") and _in_16_bits(settings, emulates)
             width = HALF if half else FLOAT
             unit = PlannedUnit(name=part.name, matrices=mine, width=width, goes_back=i >= first - 1)
             units.append(unit)
@@ -99,6 +103,6 @@ def _matrices(part: RankLayer) -> Iterator[tuple[str, Held]]:
             yield f"{part.name}.{name}", h
 
 
-def _in_16_bits(settings: PriorTrain) -> bool:
-    """fp16 is emulated on CPUs with fp32 weights; plans are of GPUs."""
-    return settings.engine.precision != "fp32"
+def _in_16_bits(settings: PriorTrain, emulates: bool) -> bool:
+    precision = settings.engine.precision
+    return precision == "bf16" or (precision == "fp16" and not emulates)

@@ -14,7 +14,7 @@ def add_fsdp(loads: Loads, tally: Tally) -> None:
     settings, mesh = loads.settings, loads.settings.mesh
     times, shards = settings.engine.gradient_accumulation_steps, mesh.local
     names = factored_names(settings, loads.held, loads.at)
-    for unit in units_of(settings, loads.layers):
+    for unit in units_of(settings, loads.layers, loads.emulates):
         if shards > 1:
             passes = times * (2 if unit.goes_back else 1)
             count = unit.width * unit.padded(shards) * passes

@@ -7,7 +7,6 @@ from planning.estimate.layers import Held, Marks, RankLayer
 from planning.estimate.memory import Loads, marks_of
 from planning.estimate.tallies.tally import FLOAT, Tally
 from planning.estimate.zero_layout import groups_of, padded, shard_numel, stage_of_zero
-from training.config import PriorTrain
 
 
 def add_layers(loads: Loads, tally: Tally) -> None:
@@ -43,12 +42,11 @@ def add_layers(loads: Loads, tally: Tally) -> None:
             tally.add("tensor", "all_reduce", each * times, 6 * times)
 
 
-def wire_bytes(settings: PriorTrain) -> int:
-    """Bytes of a hidden value that tensor ranks send: the compute type's.
-
-    fp16 that is emulated on a CPU sends fp32.
-    """
-    return FLOAT if settings.engine.precision == "fp32" else 2
+def wire_bytes(loads: Loads) -> int:
+    """Bytes of a hidden value that tensor ranks send: the compute type's."""
+    precision = loads.settings.engine.precision
+    whole = precision == "fp32" or (precision == "fp16" and loads.emulates)
+    return FLOAT if whole else 2
 
 
 def _block(loads: Loads, part: RankLayer, marks: Marks, tally: Tally) -> None:
@@ -59,7 +57,7 @@ def _block(loads: Loads, part: RankLayer, marks: Marks, tally: Tally) -> None:
     """
     settings, config = loads.settings, loads.settings.model
     times = settings.engine.gradient_accumulation_steps
-    state = wire_bytes(settings) * loads.micro * config.length * config.dim
+    state = wire_bytes(loads) * loads.micro * config.length * config.dim
     inputs, outputs, readers = branches_with_gradients(part, marks)
     if not settings.mesh.sequence_parallel:
         sums = len(BRANCHES) + inputs
