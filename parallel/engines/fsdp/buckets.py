@@ -58,6 +58,8 @@ class Buckets:
     """Where each parameter is in the global one."""
     mesh: Mesh
     compressor: Compressor | None
+    on_both_ends: frozenset[str] = frozenset()
+    """Weights that the first and the last stage of a pipeline share."""
     last: bool = False
     """The next backward pass is the step's last one."""
     _here: list[Tensor] = field(default_factory=list)
@@ -85,6 +87,8 @@ class Buckets:
         else:
             known.flat += flat
         if self.last:
+            for name in sorted(self.on_both_ends & known.views.keys()):
+                dist.all_reduce(known.views[name], group=self.mesh.ends.handle)
             self._unscale(known)
             self._start(unit, known)
 
