@@ -90,11 +90,17 @@ def _zero(
 
 
 def _chunks(
-    schedule: Schedule, chunks: int = 1, tensor: int = 1, pipeline: int = 1, data: int = 1
+    schedule: Schedule,
+    chunks: int = 1,
+    tensor: int = 1,
+    pipeline: int = 1,
+    data: int = 1,
+    sequence: bool = False,
 ) -> Case:
-    mesh = MeshConfig(tensor=tensor, pipeline=pipeline, data=data)
+    shared = "SP" if sequence else "TP"
+    mesh = MeshConfig(tensor=tensor, pipeline=pipeline, data=data, sequence_parallel=sequence)
     name = "x".join(
-        f"{axis}{n}" for axis, n in (("TP", tensor), ("PP", pipeline), ("DP", data)) if n > 1
+        f"{axis}{n}" for axis, n in ((shared, tensor), ("PP", pipeline), ("DP", data)) if n > 1
     )
     engine = EngineConfig(
         name="torch", schedule=schedule, virtual_stages=chunks, gradient_accumulation_steps=4
@@ -142,6 +148,7 @@ CASES = [
     _chunks("1f1b", tensor=2, pipeline=2, data=2),
     _chunks("1f1b", pipeline=4),
     _chunks("zero-bubble", pipeline=4),
+    _chunks("zero-bubble", 2, pipeline=2, sequence=True, tensor=2),
 ]
 """TP4 has padded heads: 6 heads become 8. SP: tensor ranks share the positions, too."""
 

@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from planning.estimate.overlapped.schedules import Schedule, order
+from parallel.schedules import Schedule
+from planning.estimate.overlapped.schedules import order
 
 
 @dataclass(frozen=True, kw_only=True)
