@@ -11,6 +11,7 @@ from parallel.mesh import RankCoordinates
 from planning.estimate.flight import Kept, most_kept
 from planning.estimate.fsdp.layout import (
     FLOAT,
+    HALF,
     real_elements,
     shard_elements,
     units_of,
@@ -292,7 +293,19 @@ def _transient(loads: Loads, keeps: Mapping[str, Keeps]) -> int:
     between = 0
     if mesh.pipeline > 1:
         between = _between_stages(loads, whole)
-    return max(branch, logits) + between
+    return max(branch, logits) + between + _waiting_halves(loads, logits // 2)
+
+
+def _waiting_halves(loads: Loads, logits: int) -> int:
+    """Bytes of gradients of linears' outputs that a zero bubble keeps for the weights' half."""
+    settings, config = loads.settings, loads.settings.model
+    if settings.engine.schedule != "zero-bubble":
+        return 0
+    inner = config.hidden * (1 if config.mlp == "gelu" else 2)
+    each = (FLOAT if settings.engine.precision == "fp32" else HALF) * (5 * config.dim + inner)
+    rows = loads.micro * config.length // settings.mesh.tensor
+    chunks = [sum(part.name.startswith("block") for part in chunk) for chunk in loads.chunks]
+    return (loads.at.stage + 1) * (max(chunks) * rows * each + logits)
 
 
 def _between_stages(loads: Loads, state: int) -> int:

@@ -30,9 +30,9 @@ def chain_of(run: RunFile, to: Scheduler) -> Chain:
     settings = settings_of_stages(run)
     problems = []
     for name, stage in settings.items():
-        here = usable_gpus() if to == "local" else 0
-        on_gpus = isinstance(stage, StageConfig) and (run.stages[name].resources.gpus or here)
-        texts = stage.problems() + (stage.gpu_problems() if on_gpus else [])
+        gpus = usable_gpus() if to == "local" else run.stages[name].resources.gpus
+        texts = stage.problems()
+        texts += stage.gpu_problems() if gpus and isinstance(stage, StageConfig) else []
         problems += [f"stages.{name}: {text}" for text in texts]
         problems += _rank_problems(run, name, _ranks(name, stage))
     check(problems + chain_problems(run, settings, to) + suite_problems(run))
