@@ -228,7 +228,7 @@ class EngineConfig:
     name: EngineName = "reference"
     """reference (plain torch), deepspeed_zero (ZeRO-1/2/3, with tensor parallelism),
     deepspeed_pipe (tensor x pipeline x data, ZeRO-1) or torch (FSDP2: weights sharded as in ZeRO-3,
-    with tensor parallelism; each layer's reduction hidden behind the backward pass)."""
+    with tensor parallelism and pipelines; reductions hidden behind the backward pass)."""
     zero_stage: int = 1
     """What deepspeed_zero shards over replicas: 1 = optimiser, 2 = gradients too, 3 = weights."""
     schedule: Schedule = "1f1b"
