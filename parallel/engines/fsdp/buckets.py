@@ -87,8 +87,6 @@ class Buckets:
         else:
             known.flat += flat
         if self.last:
-            for name in sorted(self.on_both_ends & known.views.keys()):
-                dist.all_reduce(known.views[name], group=self.mesh.ends.handle)
             self._unscale(known)
             self._start(unit, known)
 
@@ -119,10 +117,20 @@ class Buckets:
             if known.views[name].numel():
                 dist.all_reduce(known.views[name], group=self.mesh.between.handle)
 
+    def _add_ends(self) -> None:
+        """Sum the gradients of shared weights; after all passes, which would wait for each other.
+
+        An interleaved last stage has its own long before the first one has.
+        """
+        mine = self.gradients()
+        for name in sorted(self.on_both_ends & mine.keys()):
+            dist.all_reduce(mine[name], group=self.mesh.ends.handle)
+
     @torch.no_grad()
     def finish(self, vectors: Mapping[str, Tensor]) -> Reduction:
         """Wait for all reductions of a step, and average the gradients of vectors in place."""
         device = self.mesh.world.device
+        self._add_ends()
         self._here.append(_all_finite(vectors.values(), device))
         works = self._average_vectors(list(vectors.values()))
         squares: dict[str, Tensor] = {}

@@ -82,7 +82,7 @@ def test_four_stages_of_two_chunks_each() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("schedule", "data"), [("zero-bubble", 1), ("interleaved", 2)])
+@pytest.mark.parametrize(("schedule", "data"), [("1f1b", 1), ("interleaved", 2)])
 def test_stages_share_tied_tables(schedule: Schedule, data: int) -> None:
     case = _case(f"PP2 {schedule}")
     tied = replace(case, mesh=MeshConfig(pipeline=2, data=data), model=TIED, steps=SHORT)
