@@ -100,7 +100,6 @@ matrix: $(DEV_STAMP)
 bench: $(DEV_STAMP) system
 	$(BIN)/python -m bench engines --json
 	$(BIN)/python -m bench parity --json
-	$(BIN)/python -m bench bubble --json
 	$(BIN)/python -m bench network --json
 	$(BIN)/python -m bench saving --json
 	$(BIN)/python -m bench goodput --json
