@@ -28,6 +28,7 @@ from parallel.engines.protocol import Batch, Engine, EngineSettings, Losses, Pro
 from parallel.engines.registry import ENGINES, MEGATRON, build_engine
 from parallel.ledger import Ledger, recorded
 from parallel.mesh import Mesh, build_mesh
+from parallel.schedules import Schedule
 from parallel.world import join_world, leave_world
 
 MODEL = PriorConfig(
@@ -88,6 +89,25 @@ def _zero(
     )
 
 
+def _chunks(
+    schedule: Schedule,
+    chunks: int = 1,
+    tensor: int = 1,
+    pipeline: int = 1,
+    data: int = 1,
+    sequence: bool = False,
+) -> Case:
+    shared = "SP" if sequence else "TP"
+    mesh = MeshConfig(tensor=tensor, pipeline=pipeline, data=data, sequence_parallel=sequence)
+    name = "x".join(
+        f"{axis}{n}" for axis, n in ((shared, tensor), ("PP", pipeline), ("DP", data)) if n > 1
+    )
+    engine = EngineConfig(
+        name="torch", schedule=schedule, virtual_stages=chunks, gradient_accumulation_steps=4
+    )
+    return Case(name=f"{name} {schedule} torch", mesh=mesh, engine=engine)
+
+
 def _torch(tensor: int = 1, data: int = 2, nodes: int = 1, sequence: bool = False) -> Case:
     shared = "SP" if sequence else "TP"
     name = f"{shared}{tensor}xDP{data}" if tensor > 1 else f"DP{data}"
@@ -120,6 +140,15 @@ CASES = [
     _pipe(tensor=2, pipeline=2, sequence=True),
     *(_zero(stage, tensor=2, sequence=True) for stage in (1, 2, 3)),
     _torch(tensor=2, sequence=True),
+    _chunks("1f1b", pipeline=2),
+    _chunks("interleaved", 2, pipeline=2),
+    _chunks("zero-bubble", pipeline=2),
+    _chunks("zero-bubble", 2, tensor=2, pipeline=2, data=2),
+    _chunks("interleaved", 2, tensor=2, pipeline=2, data=2),
+    _chunks("1f1b", tensor=2, pipeline=2, data=2),
+    _chunks("1f1b", pipeline=4),
+    _chunks("zero-bubble", pipeline=4),
+    _chunks("zero-bubble", 2, pipeline=2, sequence=True, tensor=2),
 ]
 """TP4 has padded heads: 6 heads become 8. SP: tensor ranks share the positions, too."""
 

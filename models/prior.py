@@ -302,11 +302,13 @@ def build_prior(config: PriorConfig, seed: int = 0) -> nn.ModuleDict:
 
 def prior_program(config: PriorConfig, seed: int, tensor: TensorParallel | None = None) -> Program:
     """The program to train: layers, loss, and the matrices that PowerSGD may compress."""
+    runs = tensor.size if tensor is not None and tensor.sequence else 1
     return Program(
         layers=prior_layers(config, seed, tensor),
         loss=partial(prior_loss, text_weight=config.text_weight),
         losses=LOSSES,
         compressed=COMPRESSED,
+        state=lambda batch: (len(batch["text"]), config.length // runs, config.dim),
         tied=TABLES if config.tied else (),
     )
 

@@ -4,6 +4,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from parallel.schedules import Schedule, foreign_schedule, schedule_problems, split_problems
+
 EngineName = Literal["reference", "deepspeed_zero", "deepspeed_pipe", "torch"]
 CPU_BUCKET, GPU_BUCKET = 2**20, 2**24
 """Default elements of a gradient bucket: ZeRO allocates one, and on GPUs each is a collective."""
@@ -226,9 +228,14 @@ class EngineConfig:
     name: EngineName = "reference"
     """reference (plain torch), deepspeed_zero (ZeRO-1/2/3, with tensor parallelism),
     deepspeed_pipe (tensor x pipeline x data, ZeRO-1) or torch (FSDP2: weights sharded as in ZeRO-3,
-    with tensor parallelism; each layer's reduction hidden behind the backward pass)."""
+    with tensor parallelism and pipelines; reductions hidden behind the backward pass)."""
     zero_stage: int = 1
     """What deepspeed_zero shards over replicas: 1 = optimiser, 2 = gradients too, 3 = weights."""
+    schedule: Schedule = "1f1b"
+    """Order of a pipeline's passes, with engine torch. interleaved: each stage holds several chunks
+    of layers, which makes the bubble smaller; zero-bubble: gradients of weights fill it, too."""
+    virtual_stages: int = 1
+    """Chunks of layers on each stage, with interleaved and zero-bubble."""
     gradient_accumulation_steps: int = 1
     """Micro-batches per step on each replica; a pipeline's stages work on them concurrently."""
     reduce_bucket_size: int = 0
@@ -283,8 +290,17 @@ class EngineConfig:
             )
         return problems
 
-    def problems(self, batch_per_replica: int, mesh: MeshConfig, compress: bool) -> list[str]:
-        """What this engine cannot do on this mesh, each with the nearest supported setting."""
+    def gpu_problems(self) -> list[str]:
+        """What this engine cannot do on GPUs."""
+        return split_problems(self.schedule, False, gpu=True)
+
+    def problems(
+        self, batch_per_replica: int, mesh: MeshConfig, compress: bool, layers: int = 0
+    ) -> list[str]:
+        """What this engine cannot do on this mesh, each with the nearest supported setting.
+
+        `layers`: that a pipeline can cut between; 0 = one for each chunk.
+        """
         problems = []
         if self.zero_stage not in (1, 2, 3):
             problems.append(f"engine.zero_stage={self.zero_stage} must be 1, 2 or 3; try 1")
@@ -294,10 +310,17 @@ class EngineConfig:
                 "engine.name=reference has no tensor or pipeline ranks; use --engine.name "
                 + ("deepspeed_pipe" if mesh.pipeline > 1 else "deepspeed_zero")
             )
-        if self.name in ("deepspeed_zero", "torch") and mesh.pipeline > 1:
+        if self.name == "deepspeed_zero" and mesh.pipeline > 1:
             problems.append(
-                f"engine.name={self.name} has no pipeline; use --engine.name deepspeed_pipe"
+                "engine.name=deepspeed_zero has no pipeline; use --engine.name deepspeed_pipe"
             )
+        problems += split_problems(self.schedule, self.recompute)
+        chunks, steps = self.virtual_stages, self.gradient_accumulation_steps
+        if self.name == "torch" and mesh.pipeline > 1:
+            known = layers or mesh.pipeline * chunks
+            problems += schedule_problems(self.schedule, chunks, mesh.pipeline, steps, known)
+        else:
+            problems += foreign_schedule(self.schedule, chunks)
         if self.name == "deepspeed_pipe" and self.zero_stage != 1:
             problems.append(
                 f"engine.zero_stage={self.zero_stage} does not go with a pipeline: DeepSpeed "
@@ -308,11 +331,11 @@ class EngineConfig:
                 f"engine.name={self.name} needs at least 2 ranks, e.g. mesh.data=2; "
                 "on one process use --engine.name reference"
             )
-        if mesh.nodes > 1 and not (self.shards_weights and mesh.tensor == 1):
+        if mesh.nodes > 1 and not (self.shards_weights and mesh.tensor * mesh.pipeline == 1):
             problems.append(
                 f"mesh.nodes={mesh.nodes} is the paper's layout: it needs --engine.name "
-                "torch, or deepspeed_zero --engine.zero-stage 3, and --mesh.tensor 1; otherwise "
-                "--mesh.nodes 1"
+                "torch, or deepspeed_zero --engine.zero-stage 3, and --mesh.tensor 1 "
+                "--mesh.pipeline 1; otherwise --mesh.nodes 1"
             )
         if compress and self.shards_weights and mesh.nodes == 1:
             problems.append(

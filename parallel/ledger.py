@@ -180,8 +180,9 @@ def recorded(mesh: Mesh, heart: Heart | None = None) -> Iterator[Ledger]:
     try:
         dist.Work.wait = waits  # type: ignore[method-assign, assignment]
         for name, function in before.items():
+            noted = _noted(ledger, name, function)  # one: P2POp compares functions
             for module in modules:
-                setattr(module, name, _noted(ledger, name, function))
+                setattr(module, name, noted)
         yield ledger
     finally:
         dist.Work.wait = wait  # type: ignore[method-assign]

@@ -91,7 +91,7 @@ def _loads(settings: DVAETrain) -> Loads:
     return Loads(
         settings=cast(Any, settings),
         at=RankCoordinates(),
-        layers=(layer,),
+        chunks=((layer,),),
         held=named((layer,)),
     )
 

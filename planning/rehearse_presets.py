@@ -47,7 +47,7 @@ def rehearse_presets(
     Raises: InputError for an unknown stage or preset; ConfigError if a single preset cannot run on
     `world` ranks.
     """
-    rehearsed, refused = laid_out(chosen(preset, stage), flags, world)
+    rehearsed, refused = laid_out(chosen(preset, stage), flags, world, device)
     if refused and preset != ALL:
         (name, reason), *_ = refused.items()
         raise ConfigError(f"{name} cannot be rehearsed:\n{reason}")
@@ -77,23 +77,23 @@ def chosen(preset: str, stage: str) -> Iterator[tuple[str, str]]:
 
 
 def laid_out(
-    pairs: Iterable[tuple[str, str]], flags: list[str], world: int
+    pairs: Iterable[tuple[str, str]], flags: list[str], world: int, device: str = "cpu"
 ) -> tuple[list[tuple[str, str, Any]], dict[str, str]]:
     """(stage, preset, settings) of presets that can be rehearsed, and the problems of others."""
     settings, refused = [], {}
     for stage, name in pairs:
         try:
-            settings.append((stage, name, _settings(stage, name, flags, world)))
+            settings.append((stage, name, _settings(stage, name, flags, world, device)))
         except ConfigError as error:
             refused[f"{stage} {name}"] = str(error)
     return settings, refused
 
 
-def _settings(stage: str, name: str, flags: list[str], world: int) -> Any:
+def _settings(stage: str, name: str, flags: list[str], world: int, device: str) -> Any:
     """A preset, changed by flags and scaled to `world` ranks. Raises: ConfigError."""
     settings = PRESETS[stage][name]()
     if flags:
         settings = parse_over(settings, flags, f"rehearse {name}", others=OWN_FLAGS)
         settings = with_changes(settings)
     settings = filled(name, settings)
-    return checked(scaled(settings, world or settings.mesh.world))
+    return checked(scaled(settings, world or settings.mesh.world), device)

@@ -119,13 +119,18 @@ class StageConfig:
         This includes the requirements of validations, saves and the end of the run, so that none
         fails hours later.
         """
-        problems = self.fixed_problems() + self.mesh.problems(world, self.sizes())
+        sizes = self.sizes()
+        problems = self.fixed_problems() + self.mesh.problems(world, sizes)
         replicas = max(self.mesh.data, 1)
         problems += self.order.problems(self.loop.global_batch_size, replicas)
         problems += self.engine.problems(
-            self.loop.global_batch_size // replicas, self.mesh, self.compress.on
+            self.loop.global_batch_size // replicas, self.mesh, self.compress.on, sizes.layers
         )
         return problems
+
+    def gpu_problems(self) -> list[str]:
+        """Problems of a run on GPUs, beside those of every run."""
+        return self.engine.gpu_problems()
 
     def fixed_problems(self) -> list[str]:
         """Problems that do not depend on the mesh or the engine."""

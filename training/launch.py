@@ -42,7 +42,8 @@ def train_stage(stage: str, settings: StageConfig) -> None:
 def _train(stage: str, settings: StageConfig) -> None:
     started = ranks_given()
     settings = with_changes(settings)
-    check(settings.problems(started) + missing_libraries(settings.track))
+    on_gpus = settings.gpu_problems() if usable_gpus() else []
+    check(settings.problems(started) + on_gpus + missing_libraries(settings.track))
     refuse_others_folder(settings.out, f"train {stage}")
     heed_stop_signals()
     payload = to_payload(stage, settings)

@@ -25,6 +25,7 @@ def run(payload: str) -> None:
     heart = Heart(world.rank)
     try:
         problems = settings.problems(world.size)
+        problems += settings.gpu_problems() if world.device.type == "cuda" else []
         if problems:
             raise ConfigError.from_problems(problems)
         settings = settle_precision(settings, world)

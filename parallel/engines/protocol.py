@@ -62,6 +62,8 @@ class Program:
     """Names of the losses; ranks that compute none need them too."""
     compressed: tuple[str, ...] = ()
     """Endings of the names of matrices whose gradients may be compressed."""
+    state: Callable[[Batch], tuple[int, ...]] | None = None
+    """Shape of the hidden states between two layers, of a batch; None = it cannot be cut."""
     tied: tuple[str, ...] = ()
     """Global names of the parameters of the first layer that the last one uses too."""
     saves_frozen: bool = True

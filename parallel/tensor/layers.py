@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd import Function
 
 from parallel.placement import Placement, place, placement_of, rows_of
+from parallel.tensor.halves import wants_input, wants_weights
 from parallel.tensor.ops import TensorParallel
 
 EPS = 1e-5
@@ -191,10 +192,11 @@ class _HalfBack(Function):
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         flat = gradients[0].flatten(0, -2)
         half = flat.to(torch.bfloat16)
-        states = torch.mm(half, weight).float().view_as(x)
-        rows = torch.mm(half.T, x.flatten(0, -2)).float()
-        return states, rows, flat.sum(0)
+        states = torch.mm(half, weight).float().view_as(x) if wants_input() else None
+        if not wants_weights():
+            return states, None, None
+        return states, torch.mm(half.T, x.flatten(0, -2)).float(), flat.sum(0)

@@ -1,6 +1,6 @@
 """Bytes of one rank by category, as the engines allocate them."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -8,8 +8,10 @@ from models.config import PriorConfig
 from models.prior import BRANCHES
 from parallel.balance import stage_layers
 from parallel.mesh import RankCoordinates
+from planning.estimate.flight import Kept, most_kept
 from planning.estimate.fsdp.layout import (
     FLOAT,
+    HALF,
     real_elements,
     shard_elements,
     units_of,
@@ -58,10 +60,16 @@ class Loads:
 
     settings: PriorTrain
     at: RankCoordinates
-    layers: tuple[RankLayer, ...]
+    chunks: tuple[tuple[RankLayer, ...], ...]
+    """Its layers: consecutive ones together, several times with virtual stages."""
     held: Mapping[str, Held]
     emulates: bool = False
     """fp16 is emulated, as on CPUs: 16-bit values are gathered and sent in fp32."""
+
+    @property
+    def layers(self) -> tuple[RankLayer, ...]:
+        """Those of all chunks."""
+        return tuple(layer for chunk in self.chunks for layer in chunk)
 
     @property
     def micro(self) -> int:
@@ -73,34 +81,32 @@ class Loads:
             // settings.engine.gradient_accumulation_steps
         )
 
-    @property
-    def in_flight(self) -> int:
-        """Micro-batches whose activations are kept at a time in DeepSpeed's TrainSchedule."""
-        mesh, engine = self.settings.mesh, self.settings.engine
-        return (
-            min(mesh.pipeline - self.at.stage, engine.gradient_accumulation_steps)
-            if mesh.pipeline > 1
-            else 1
-        )
-
 
 def loads_of(settings: PriorTrain, at: RankCoordinates, emulates: bool = False) -> Loads:
     """The layers and parameters of the rank at some coordinates.
 
     `emulates`: fp16 is emulated, as on CPUs.
     """
-    mesh = settings.mesh
+    mesh, count = settings.mesh, settings.mesh.pipeline * settings.engine.virtual_stages
+    mine = tuple(range(at.stage, count, mesh.pipeline))
     training = training_of(settings)
-    layers, held = _held(settings.model, mesh.tensor, mesh.pipeline, at.shard, at.stage, training)
-    return Loads(settings=settings, at=at, layers=layers, held=held, emulates=emulates)
+    chunks, held = _held(settings.model, mesh.tensor, count, at.shard, mine, training)
+    return Loads(settings=settings, at=at, chunks=chunks, held=held, emulates=emulates)
 
 
 @lru_cache(maxsize=512)
 def _held(
-    config: PriorConfig, tensor: int, pipeline: int, shard: int, stage: int, training: Training
-) -> tuple[tuple[RankLayer, ...], dict[str, Held]]:
-    layers = tuple(stage_layers(rank_layers(config, shard, tensor, training), stage, pipeline))
-    return layers, named(layers)
+    config: PriorConfig,
+    tensor: int,
+    count: int,
+    shard: int,
+    mine: tuple[int, ...],
+    training: Training,
+) -> tuple[tuple[tuple[RankLayer, ...], ...], dict[str, Held]]:
+    """The layers of some chunks of `count`."""
+    whole = rank_layers(config, shard, tensor, training)
+    chunks = tuple(tuple(stage_layers(whole, i, count)) for i in mine)
+    return chunks, named([layer for chunk in chunks for layer in chunk])
 
 
 def rank_bytes(loads: Loads) -> Bytes:
@@ -152,11 +158,13 @@ def marks_of(loads: Loads) -> Iterator[tuple[RankLayer, Marks]]:
 
     A later stage's inputs have gradients, which it sends back.
     """
-    lora, none_before = loads.settings.lora, loads.at.stage == 0
-    for part in loads.layers:
-        alone = none_before and part.name != "embedding"  # whose input is numbers
-        yield part, Marks(lora=lora, frozen=part.frozen, input_too=alone)
-        none_before = none_before and len(part.frozen) == len(part.parameters)
+    lora = loads.settings.lora
+    for i, chunk in enumerate(loads.chunks):
+        none_before = loads.at.stage == 0 and i == 0
+        for part in chunk:
+            alone = none_before and part.name != "embedding"  # whose input is numbers
+            yield part, Marks(lora=lora, frozen=part.frozen, input_too=alone)
+            none_before = none_before and len(part.frozen) == len(part.parameters)
 
 
 def model_bytes(loads: Loads) -> Bytes:
@@ -225,13 +233,17 @@ def _fsdp(loads: Loads, moment: int) -> Bytes:
     trained = sum(shard_elements(h, mesh.local) for h in held if h.trained)
     rank = loads.at.replica % mesh.local
     own = sum(real_elements(h, mesh.local, rank) for h in held if h.trained)
-    gathered = max((unit.width * unit.padded(mesh.local) for unit in units), default=0)
+    gathered = [unit.width * unit.padded(mesh.local) for unit in units]
+    sums = 0
+    if mesh.pipeline > 1:  # all micro-batches' gradients add up on whole weights, all gathered
+        sums = sum(gathered) + FLOAT * sum(u.padded(mesh.local, trained=True) for u in units)
     return {
         "parameters": FLOAT * sum(shard_elements(h, mesh.local) for h in held),
         "gradients": FLOAT * trained,
         "optimizer": 2 * moment * own,
         "buckets": FLOAT * max((u.padded(mesh.local, trained=True) for u in units), default=0),
-        "temporary": 4 * gathered,  # of two units the weights, a message, and one's gradient
+        # of two units the weights, a message, and one's gradient
+        "temporary": sums or 4 * max(gathered, default=0),
     }
 
 
@@ -240,24 +252,34 @@ def activation_bytes(loads: Loads, keeps: Mapping[str, Keeps]) -> int:
 
     `keeps`: by layer.
     """
-    settings, micro = loads.settings, loads.micro
-    config = settings.model
+    settings, micro, stage = loads.settings, loads.micro, loads.at.stage
+    config, engine = settings.model, settings.engine
     state = 4 * micro * config.length * config.dim
     state //= settings.mesh.tensor if settings.mesh.sequence_parallel else 1
+    whole = engine.recompute and not engine.selective
 
     def kept(layer: str, name: str) -> int:
         each, once = keeps[layer][name]
         return each * micro + once
 
-    blocks = [part.name for part in loads.layers if part.name.startswith("block")]
-    ends = [part.name for part in loads.layers if not part.name.startswith("block")]
-    outer = sum(kept(name, name) for name in ends)
-    outer += kept("head", "loss") if "head" in ends else 0
-    if not settings.engine.recompute or settings.engine.selective:
-        return loads.in_flight * (sum(kept(name, "block") for name in blocks) + outer)
-    branches = [kept(name, branch) for name in blocks for branch in BRANCHES]
-    again = max(branches) - state if blocks else 0
-    return loads.in_flight * (2 * len(blocks) * state + outer) + again
+    def of(layers: Sequence[RankLayer]) -> Kept:
+        names = [part.name for part in layers]
+        blocks = [name for name in names if name.startswith("block")]
+        ends = sum(kept(name, name) for name in names if name not in blocks)
+        inside = 2 * len(blocks) * state if whole else sum(kept(n, "block") for n in blocks)
+        return Kept(layers=inside + ends, loss=kept("head", "loss") if "head" in names else 0)
+
+    branches = [
+        kept(part.name, branch)
+        for part in loads.layers
+        if whole and part.name.startswith("block")
+        for branch in BRANCHES
+    ]
+    again = max(branches) - state if branches else 0
+    times, chunks = engine.gradient_accumulation_steps, [of(chunk) for chunk in loads.chunks]
+    if settings.mesh.pipeline == 1:
+        return chunks[0].layers + chunks[0].loss + again
+    return most_kept(engine.schedule, stage, settings.mesh.pipeline, times, chunks) + again
 
 
 def _transient(loads: Loads, keeps: Mapping[str, Keeps]) -> int:
@@ -275,8 +297,32 @@ def _transient(loads: Loads, keeps: Mapping[str, Keeps]) -> int:
         logits = 2 * keeps["head"]["loss"][0] * micro
     between = 0
     if mesh.pipeline > 1:
-        between = (2 + loads.in_flight) * whole // mesh.tensor
-    return max(branch, logits) + between
+        between = _between_stages(loads, whole)
+    return max(branch, logits) + between + _waiting_halves(loads, logits // 2)
+
+
+def _waiting_halves(loads: Loads, logits: int) -> int:
+    """Bytes of gradients of linears' outputs that a zero bubble keeps for the weights' half."""
+    settings, config = loads.settings, loads.settings.model
+    if settings.engine.schedule != "zero-bubble":
+        return 0
+    inner = config.hidden * (1 if config.mlp == "gelu" else 2)
+    each = (FLOAT if settings.engine.precision == "fp32" else HALF) * (5 * config.dim + inner)
+    rows = loads.micro * config.length // settings.mesh.tensor
+    chunks = [sum(part.name.startswith("block") for part in chunk) for chunk in loads.chunks]
+    return (loads.at.stage + 1) * (max(chunks) * rows * each + logits)
+
+
+def _between_stages(loads: Loads, state: int) -> int:
+    """Bytes of states that stages exchange; `state`: of one micro-batch, on all tensor ranks."""
+    mesh, engine = loads.settings.mesh, loads.settings.engine
+    times = engine.gradient_accumulation_steps
+    if not uses_fsdp(loads.settings):
+        return (2 + min(mesh.pipeline - loads.at.stage, times)) * state // mesh.tensor
+    # torch has a buffer for each micro-batch's input and gradient; inputs are saved, too
+    ends = (loads.at.stage == 0) + (loads.at.stage == mesh.pipeline - 1)
+    received = times * (2 * len(loads.chunks) - ends)
+    return (2 + received) * (state // mesh.tensor if mesh.sequence_parallel else state)
 
 
 def _compression_bytes(loads: Loads) -> Bytes:

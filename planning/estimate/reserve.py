@@ -77,6 +77,10 @@ def communicators(settings: PriorTrain, stage: int = 0) -> list[tuple[int, bool]
         groups += [(mesh.tensor, False)] if cuts else []
         ends = _shares_tables(settings) and stage in (0, mesh.pipeline - 1)
         groups += [(2, True)] if ends else []
+    elif engine == "torch" and mesh.pipeline > 1:
+        groups += [(mesh.tensor, True), (mesh.data, True), (mesh.pipeline, False)]
+        ends = _shares_tables(settings) and stage in (0, mesh.pipeline - 1)
+        groups += [(2, True)] if ends else []
     elif engine == "torch" and mesh.nodes == 1:
         groups += [(mesh.tensor, True), (mesh.data, True)] if mesh.tensor > 1 else []
     elif mesh.nodes > 1:

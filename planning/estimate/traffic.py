@@ -47,6 +47,14 @@ def _stages(loads: Loads, tally: Tally) -> None:
     settings, config, at = loads.settings, loads.settings.model, loads.at
     mesh, times = settings.mesh, settings.engine.gradient_accumulation_steps
     numel = loads.micro * config.length * config.dim
+    if uses_fsdp(settings):
+        count = mesh.pipeline * settings.engine.virtual_stages
+        chunks = range(at.stage, count, mesh.pipeline)
+        calls = times * sum((i > 0) + (i < count - 1) for i in chunks)
+        numel //= mesh.tensor if mesh.sequence_parallel else 1
+        for operation in ("isend", "irecv"):
+            tally.add("pipeline", operation, FLOAT * numel * calls, calls)
+        return
     first, last = at.stage == 0, at.stage == mesh.pipeline - 1
     neighbours = (not first) + (not last)
     part, calls = numel, 1
@@ -193,7 +201,8 @@ def _results(loads: Loads, tally: Tally) -> None:
         if settings.engine.name == "deepspeed_pipe":  # DeepSpeed's own mean
             tally.add("data", "all_reduce", FLOAT)
     if mesh.pipeline > 1:
-        counts = (2 * FLOAT, FLOAT * len(LOSSES))
+        own = () if uses_fsdp(settings) else (2 * FLOAT,)  # DeepSpeed's mean loss
+        counts = (*own, FLOAT * len(LOSSES))
         tally.add("pipeline", "broadcast", sum(counts), len(counts))
     half = settings.engine.precision == "fp16"
     branches = len(BRANCHES) * settings.model.layers if half else 0

@@ -159,11 +159,13 @@ class _Reporter:
                 continue
             opposite = _OTHER[op.kind]
             other = self._sequences[op.group[0]]
-            mine = sum(o.kind == op.kind and o.group == op.group for o in role.operations)
+            mine = sum(
+                o.paired and o.sends == op.sends and o.group == op.group for o in role.operations
+            )
             theirs = [
                 i
                 for i, o in enumerate(other.operations)
-                if o.kind == opposite and o.group == (one.role,)
+                if o.paired and o.sends != op.sends and o.group == (one.role,)
             ]
             if mine > len(theirs):
                 text = (
@@ -296,7 +298,7 @@ def _backends(rank: int, a: CollectiveCall, other: int, b: CollectiveCall) -> st
     )
 
 
-_OTHER = {"send": "recv", "recv": "send"}
+_OTHER = {"send": "recv", "recv": "send", "isend": "irecv", "irecv": "isend"}
 
 
 def _common(a: Sequence[Any], b: Sequence[Any]) -> int:

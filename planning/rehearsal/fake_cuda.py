@@ -60,6 +60,7 @@ _ANSWERS: dict[str, Any] = {
     **dict.fromkeys(("reset_peak_memory_stats", "reset_max_memory_allocated", "ipc_collect"), None),
     **dict.fromkeys(("memory_allocated", "max_memory_allocated", "current_device"), 0),
     **dict.fromkeys(("memory_reserved", "max_memory_reserved"), 0),
+    **dict.fromkeys(("get_rng_state", "set_rng_state"), None),
     **dict.fromkeys(("current_stream", "default_stream"), _Idle()),
     **dict.fromkeys(("stream", "device"), nullcontext()),
     **dict.fromkeys(("is_available", "is_bf16_supported"), True),

@@ -203,9 +203,9 @@ class Shadows(TorchDispatchMode):
         tensors = [x for x in values if x is not None]
         if not tensors or len(tensors) < len(values):
             return
-        if operation.kind == "send":
+        if operation.paired and operation.sends:
             self._broker.give(("send", self._rank, *operation.group), tensors[0].numpy())
-        elif operation.kind == "recv":
+        elif operation.paired:
             self._fill(tensors[0], ("send", *operation.group, self._rank))
         elif operation.kind == "broadcast":
             channel = ("broadcast", operation.root, *operation.group)

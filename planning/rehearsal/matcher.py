@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from planning.rehearsal.sequence import CollectiveCall, Coordinates, Grid
+from planning.rehearsal.sequence import POSTED, CollectiveCall, Coordinates, Grid
 from planning.rehearsal.sequence import Sequence as RankSequence
 
 MeetingKey = tuple[Any, ...]
@@ -96,6 +96,8 @@ class _Player:
         self._coordinates = [self._grid.coordinates(rank) for rank in world]
         self._at = [0] * len(world)
         self._waiting: dict[MeetingKey, list[int]] = {}
+        self._posted: dict[MeetingKey, deque[Stuck]] = {}
+        """Messages that have been sent and not yet received, in order."""
         self._meetings: dict[tuple[int, int], tuple[MeetingKey, int]] = {}
         self.outcome = Outcome()
 
@@ -109,24 +111,38 @@ class _Player:
                 continue
             step = queue[self._at[rank]]
             meeting, size = self._meeting(rank, step)
-            met = self._waiting.setdefault(meeting, [])
-            met.append(rank)
-            if not self._alike(met[0], rank):
-                self.outcome.unequal = (self._stuck(met[0]), self._stuck(rank))
-            elif len(met) == size:
-                del self._waiting[meeting]
-                for member in met:
-                    self._at[member] += 1
-                    self.outcome.operations += 1
-                    self.outcome.bytes += step.operation.bytes
-                ready.extend(met)
+            posted = self._posted.setdefault(meeting, deque()) if step.operation.paired else None
+            if posted is not None and step.operation.kind == POSTED:
+                posted.append(self._stuck(rank))
+                waking = self._waiting.pop(meeting, [])
+                self._end([rank], step)
+                ready.extend([rank, *waking])
+            elif posted and not step.operation.sends:
+                if self._meet(posted.popleft(), rank):
+                    self._end([rank], step)
+                    ready.append(rank)
+            else:
+                met = self._waiting.setdefault(meeting, [])
+                met.append(rank)
+                if self._meet(self._stuck(met[0]), rank) and len(met) == size:
+                    del self._waiting[meeting]
+                    self._end(met, step)
+                    ready.extend(met)
         if self.outcome.unequal is None:
             self.outcome.stuck = [
                 self._stuck(rank)
                 for rank, at in enumerate(self._at)
                 if at < len(self._queues[self._role[rank]])
             ]
+            self.outcome.stuck += [one for posted in self._posted.values() for one in posted]
         return self.outcome
+
+    def _end(self, ranks: list[int], step: _Step) -> None:
+        """The operation of these ranks ends."""
+        for rank in ranks:
+            self._at[rank] += 1
+            self.outcome.operations += 1
+            self.outcome.bytes += step.operation.bytes
 
     def _step(self, known: dict[tuple[int, Any], _Step], role: int, op: CollectiveCall) -> _Step:
         key = (role, op)
@@ -150,7 +166,7 @@ class _Player:
         mine, op = self._coordinates[rank], step.operation
         if op.paired:
             other = self._grid.rank(tuple(a + b for a, b in zip(mine, step.offset, strict=True)))
-            sides = (rank, other) if op.kind == "send" else (other, rank)
+            sides = (rank, other) if op.sends else (other, rank)
             return ("message", *sides), 2
         if step.spans is None:
             member = rank in op.group
@@ -158,12 +174,16 @@ class _Player:
         fixed = (-1 if whole else at for at, whole in zip(mine, step.spans, strict=True))
         return ("axes", *fixed), len(op.group)
 
-    def _alike(self, a: int, b: int) -> bool:
-        """True if two ranks that meet make matching calls."""
-        if a == b:
-            return True
-        one, other = (self._queues[self._role[r]][self._at[r]].operation for r in (a, b))
-        return one.signature == other.signature
+    def _meet(self, first: Stuck, rank: int) -> bool:
+        """True if a rank's call matches that of the rank that came first; else notes both."""
+        second = self._stuck(rank)
+        one, other = self._operation(first), self._operation(second)
+        if first != second and one.signature != other.signature:
+            self.outcome.unequal = (first, second)
+        return self.outcome.unequal is None
+
+    def _operation(self, one: Stuck) -> CollectiveCall:
+        return self._queues[one.role][one.index].operation
 
     def _stuck(self, rank: int) -> Stuck:
         return Stuck(rank=rank, role=self._role[rank], index=self._at[rank])

@@ -72,6 +72,7 @@ class Recorder:
         kind = _KINDS.get(name, name.strip("_"))
         tensors = _tensors(name, arguments) if kind != "barrier" else []
         paired = kind in ("send", "recv")
+        kind = f"i{kind}" if paired and _goes_on(f"i{kind}") else kind
         objects = _carries_objects()
         device = next(x.device.type for x in tree_leaves(arguments) if isinstance(x, Tensor))
         operation = CollectiveCall(
@@ -238,15 +239,24 @@ def places(frame: FrameType | None = None) -> tuple[str, ...]:
 
 def _carries_objects() -> bool:
     """True within torch's functions that exchange pickled objects."""
+    return any("_object" in name for name in _functions())
+
+
+def _goes_on(name: str) -> bool:
+    """True within torch's function of this name, unless a blocking one has called it."""
+    names = list(_functions())
+    return name in names and name.removeprefix("i") not in names
+
+
+def _functions() -> Iterator[str]:
+    """Names of torch.distributed's functions that lead to the dispatcher, the innermost first."""
     frame: FrameType | None = sys._getframe(1)
     for _ in range(_DEPTH):
         if frame is None:
-            return False
-        code = frame.f_code
-        if "_object" in code.co_name and code.co_filename == _C10D:
-            return True
+            return
+        if frame.f_code.co_filename == _C10D:
+            yield frame.f_code.co_name
         frame = frame.f_back
-    return False
 
 
 def _name_of(tensors: list[Tensor]) -> str:

@@ -120,12 +120,13 @@ def rehearse(
     )
 
 
-def checked(settings: Any) -> Any:
-    """Return the settings if they can be rehearsed.
+def checked(settings: Any, device: str = "cpu") -> Any:
+    """Return the settings if they can be rehearsed on this kind of device.
 
     Raises: ConfigError with every problem of the settings.
     """
-    check(settings.problems(settings.mesh.world))
+    on_gpus = settings.gpu_problems() if device == "cuda" else []
+    check(settings.problems(settings.mesh.world) + on_gpus)
     if settings.mesh.world < 2:
         raise ConfigError("one rank has nobody to communicate with; give --world 2 or more")
     return settings

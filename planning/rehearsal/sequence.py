@@ -6,8 +6,10 @@ from math import prod
 from parallel.config import MeshConfig
 from parallel.mesh import RankCoordinates, coordinates_of, rank_at
 
-PAIRS = ("send", "recv")
+PAIRS = ("send", "recv", "isend", "irecv")
 """Operations between two ranks; all others are over a group."""
+POSTED = "isend"
+"""A message whose sender goes on."""
 CREATE = "new_group"
 """Creation of consecutive groups; every rank must create the same ones in the same order."""
 OBJECTS = "objects"
@@ -49,6 +51,11 @@ class CollectiveCall:
         return self.kind in PAIRS
 
     @property
+    def sends(self) -> bool:
+        """True for this rank's side of a message that it sends."""
+        return self.kind in ("send", POSTED)
+
+    @property
     def signature(self) -> tuple[object, ...]:
         """Fields that must be equal on all ranks of the group, or on both sides of a message."""
         tensors = (self.bytes, self.dtype, self.device, self.backend)
@@ -64,7 +71,7 @@ class CollectiveCall:
         if self.kind == CREATE:
             return f"{self.bytes} groups made"
         if self.paired:
-            return f"{self.kind} {'to' if self.kind == 'send' else 'from'} rank {self.group[0]}"
+            return f"{self.kind} {'to' if self.sends else 'from'} rank {self.group[0]}"
         return f"{self.kind} over {short(self.group)}"
 
     def size(self) -> str:

@@ -154,11 +154,17 @@ EIGHT = {
     "engine": {"name": "deepspeed_pipe", "gradient_accumulation_steps": 2},
     "model": {"dim": 48, "layers": 2, "heads": 4},
 }
+TORCH_EIGHT = {**EIGHT, "engine": {**EIGHT["engine"], "name": "torch"}}
 
 
 @pytest.mark.world
-def test_a_killed_rank_of_eight_costs_seconds(make: Make, same: Same, fault: Record) -> None:
-    settings = make(**EIGHT)
+@pytest.mark.parametrize(
+    "parts", [EIGHT, pytest.param(TORCH_EIGHT, marks=pytest.mark.slow)], ids=["pipe", "torch"]
+)
+def test_a_killed_rank_of_eight_costs_seconds(
+    make: Make, same: Same, fault: Record, parts: dict[str, Any]
+) -> None:
+    settings = make(**parts)
     times: list[float] = []
 
     def kill() -> None:
@@ -180,7 +186,7 @@ def test_a_killed_rank_of_eight_costs_seconds(make: Make, same: Same, fault: Rec
     thread.join()
     assert times
     fault.outcome("next trained step, losses and weights bit-equal", times[0])
-    same(settings, **EIGHT)
+    same(settings, **parts)
 
 
 @pytest.mark.slow
@@ -211,7 +217,8 @@ def test_a_frozen_rank_is_detected_by_its_silence(
     train_with("freeze", settings, at=8, rank=1)
     text = next(text for text in messages if "hangs" in text)
     assert "rank 1 of 2 hangs" in text and "in act" in text, text
-    assert "rank 0: after step 7, last in all_reduce over data" in text, text
+    first = "all_gather_into_tensor" if ENGINE == "torch" else "all_reduce"
+    assert f"rank 0: after step 7, last in {first} over data" in text, text
     assert "last collective of rank 1: gloo:" in text, text
     assert len(list((settings.out / "hang").glob("flight-*.json"))) == 2
     fault.outcome("rank, line and collective named, restarted, bit-equal")
@@ -298,6 +305,14 @@ ENGINES = {
     "pipe": {
         "mesh": {"data": 1, "pipeline": 2},
         "engine": {"name": "deepspeed_pipe", "gradient_accumulation_steps": 2},
+    },
+    "torch pipe": {
+        "mesh": {"data": 1, "pipeline": 2},
+        "engine": {
+            "name": "torch",
+            "gradient_accumulation_steps": 2,
+            "schedule": "zero-bubble",
+        },
     },
 }
 

@@ -99,6 +99,21 @@ CASES: dict[str, tuple[str, Any]] = {
         "prior",
         prior(MeshConfig(data=4, nodes=2), rank=8, errors="mean", name="torch"),
     ),
+    **{
+        f"torch, PP2, {schedule}": (
+            "prior",
+            replace(
+                prior(
+                    MeshConfig(pipeline=2),
+                    name="torch",
+                    schedule=schedule,
+                    virtual_stages=1 if schedule == "1f1b" else 2,
+                ),
+                model=replace(MODEL, layers=4),
+            ),
+        )
+        for schedule in ("1f1b", "interleaved", "zero-bubble")
+    },
     "dVAE, torch": (
         "dvae",
         DVAETrain(
@@ -200,6 +215,7 @@ def gpus() -> Iterator[Pool]:
         "TP2 x PP2, bf16, recomputed",
         "paper layout, 2 nodes of 2",
         "torch, 2 nodes of 2",
+        "torch, PP2, interleaved",
         "dVAE, torch",
         "dVAE, DP2",
     ],

@@ -9,6 +9,7 @@ from typing import Any
 from cluster.chain import Chain, Job, Scheduler
 from core.config import check
 from core.flags import parse_over
+from core.gpus import usable_gpus
 from training.config import StageConfig
 from training.presets import PRESETS
 from training.run.resume_with import with_changes
@@ -29,7 +30,10 @@ def chain_of(run: RunFile, to: Scheduler) -> Chain:
     settings = settings_of_stages(run)
     problems = []
     for name, stage in settings.items():
-        problems += [f"stages.{name}: {text}" for text in stage.problems()]
+        gpus = usable_gpus() if to == "local" else run.stages[name].resources.gpus
+        texts = stage.problems()
+        texts += stage.gpu_problems() if gpus and isinstance(stage, StageConfig) else []
+        problems += [f"stages.{name}: {text}" for text in texts]
         problems += _rank_problems(run, name, _ranks(name, stage))
     check(problems + chain_problems(run, settings, to) + suite_problems(run))
     jobs = [_job(run, name, stage) for name, stage in settings.items()]

@@ -58,6 +58,8 @@ class Buckets:
     """Where each parameter is in the global one."""
     mesh: Mesh
     compressor: Compressor | None
+    on_both_ends: frozenset[str] = frozenset()
+    """Weights that the first and the last stage of a pipeline share."""
     last: bool = False
     """The next backward pass is the step's last one."""
     _here: list[Tensor] = field(default_factory=list)
@@ -115,10 +117,20 @@ class Buckets:
             if known.views[name].numel():
                 dist.all_reduce(known.views[name], group=self.mesh.between.handle)
 
+    def _add_ends(self) -> None:
+        """Sum the gradients of shared weights; after all passes, which would wait for each other.
+
+        An interleaved last stage has its own long before the first one has.
+        """
+        mine = self.gradients()
+        for name in sorted(self.on_both_ends & mine.keys()):
+            dist.all_reduce(mine[name], group=self.mesh.ends.handle)
+
     @torch.no_grad()
     def finish(self, vectors: Mapping[str, Tensor]) -> Reduction:
         """Wait for all reductions of a step, and average the gradients of vectors in place."""
         device = self.mesh.world.device
+        self._add_ends()
         self._here.append(_all_finite(vectors.values(), device))
         works = self._average_vectors(list(vectors.values()))
         squares: dict[str, Tensor] = {}

@@ -18,6 +18,7 @@ from core.errors import ConfigError
 from parallel.control import Vote
 from parallel.engines.frozen import trained
 from parallel.engines.fsdp.buckets import Buckets, Reduction
+from parallel.engines.fsdp.pipeline import Pipeline, chunks_of
 from parallel.engines.fsdp.units import Sharder, hollow
 from parallel.engines.modules import (
     build_compressor,
@@ -40,7 +41,7 @@ from parallel.engines.protocol import (
     scales_of,
 )
 from parallel.mesh import Group, Mesh
-from parallel.placement import Placement
+from parallel.placement import Placement, global_names
 from parallel.scales import Scale
 
 
@@ -57,13 +58,19 @@ class TorchEngine:
             )
         device, self._mesh = mesh.world.device, mesh
         layers = [hollow(layer, device) for layer in program.layers]
-        self._whole = Whole(replace(program, layers=layers), settings.engine, None)
-        stage = self._whole.stage
-        names = stage.global_names()
+        built = replace(program, layers=layers)
+        cut = mesh.pipeline.size > 1
+        chunks = chunks_of(built, settings.engine, mesh) if cut else []
+        self._whole = None if cut else Whole(built, settings.engine, None)
+        modules: list[Any] = [self._whole] if self._whole is not None else list(chunks)
+        self._stages = [module.stage for module in modules]
+        names = global_names(nn.ModuleDict(self.layers()))
         self._places = placements(names)
-        scale_of = _scales_by_parameter(program, stage, names)
-        sharder = Sharder(program.layers, mesh.machine, settings.engine, device)
-        self._units = sharder.shard(dict(stage.layers.items()), self._whole)
+        scale_of = _scales_by_parameter(program, self._stages, names)
+        sharder = Sharder(program.layers, mesh.machine, settings.engine, device, keeps=cut)
+        each = [sharder.shard(dict(m.stage.layers.items()), m) for m in modules]
+        self._units = [unit for units in each for unit in units]
+        self._pipeline = Pipeline(program, chunks, each, settings.engine, mesh) if cut else None
         self._parts = {part.name: part for unit in self._units for part in unit.parts}
         self._masters = {
             name: self._parts[name].shard if name in self._parts else p for name, p in names.items()
@@ -72,7 +79,8 @@ class TorchEngine:
         self._saved = self._masters if program.saves_frozen else self._trained
         self._vectors = [p for n, p in self._trained.items() if n not in self._parts]
         self._optimizer = build_adamw(self._masters, settings.optim)
-        self._scales = scales_of(program, stage.scales, settings.engine)
+        here = {name: scale for stage in self._stages for name, scale in stage.scales.items()}
+        self._scales = scales_of(program, here, settings.engine)
         self._losses, self._judge = program.losses, settings.judge
         self._clip_norm = settings.optim.clip_norm
         self._compressor = build_compressor(
@@ -84,15 +92,13 @@ class TorchEngine:
             device,
             bucket_of={p.name: unit.name for unit in self._units for p in unit.parts}.__getitem__,
         )
-        self._buckets = Buckets(self._units, scale_of, self._places, mesh, self._compressor)
+        shared = frozenset(program.tied) if cut else frozenset()
+        self._buckets = Buckets(self._units, scale_of, self._places, mesh, self._compressor, shared)
 
     def step(
         self, micro_batches: Sequence[Batch], lr: float, wants_stop: bool = False
     ) -> StepResult:
-        losses = []
-        for i, batch in enumerate(micro_batches):
-            self._buckets.last = i == len(micro_batches) - 1
-            losses.append(self._backward(batch, len(micro_batches)))
+        losses = self._passes(micro_batches)
         reduction = self._reduce()
         vote = Vote(losses=losses, wants_stop=wants_stop)
         squares = self._squares(reduction)
@@ -111,8 +117,13 @@ class TorchEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> Losses:
-        losses: Losses = self._whole(batch)
-        return losses
+        if self._pipeline is None:
+            assert self._whole is not None, "without a pipeline there is one module"
+            losses: Losses = self._whole(batch)
+            return losses
+        alone = Mesh(world=self._mesh.world, pipeline=self._mesh.pipeline)
+        means = mean_losses(self._pipeline.evaluate(batch), self._losses, alone)
+        return {name: torch.tensor(value, device="cpu") for name, value in means.items()}
 
     def state_slices(self) -> Iterator[StateSlice]:
         """The slices that this rank saves: its shards, and on the first replica the vectors."""
@@ -169,10 +180,12 @@ class TorchEngine:
             (common, self._mesh.tensor),
             (shards, self._mesh.between),
         ]
+        shared = [part.shard for n, part in self._parts.items() if n in self._buckets.on_both_ends]
+        groups.append((list(shared), self._mesh.ends))
         return [(tensors, group) for tensors, group in groups if tensors]
 
     def layers(self) -> dict[str, nn.Module]:
-        return dict(self._whole.stage.layers.items())
+        return {name: m for stage in self._stages for name, m in stage.layers.items()}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: self._places[name].shape for name in self._saved}
@@ -194,8 +207,23 @@ class TorchEngine:
     def close(self) -> None:
         self._forget()
 
+    def _passes(self, micro_batches: Sequence[Batch]) -> list[Losses]:
+        """Forward and backward of a step; returns the losses of the micro-batches."""
+        if self._pipeline is not None:
+            self._buckets.last = True
+            losses = self._pipeline.run(micro_batches)
+            for unit in self._units:
+                unit.forget()
+            return losses
+        losses = []
+        for i, batch in enumerate(micro_batches):
+            self._buckets.last = i == len(micro_batches) - 1
+            losses.append(self._backward(batch, len(micro_batches)))
+        return losses
+
     def _backward(self, batch: Batch, micro_batches: int) -> Losses:
         """Accumulate the gradients of one of `micro_batches`; returns its losses."""
+        assert self._whole is not None, "without a pipeline there is one module"
         losses: Losses = self._whole(batch)
         (losses["loss"] / micro_batches).backward()
         for unit in self._units:
@@ -255,13 +283,16 @@ class TorchEngine:
 
 
 def _scales_by_parameter(
-    program: Program, stage: Stage, names: Mapping[str, nn.Parameter]
+    program: Program, stages: Sequence[Stage], names: Mapping[str, nn.Parameter]
 ) -> dict[str, Scale]:
     """Parameter -> the gradient scale of its branch, in fp16: FSDP2 runs no hooks of parameters."""
     name_of = {id(parameter): name for name, parameter in names.items()}
     table: dict[str, Scale] = {}
-    for layer in program.layers:
-        module: Any = stage.layers[layer.name]
+    held: dict[str, tuple[Stage, Any]] = {
+        name: (stage, m) for stage in stages for name, m in stage.layers.items()
+    }
+    for layer in (layer for layer in program.layers if layer.name in held):
+        stage, module = held[layer.name]
         for key, (_, parameters) in (module.branches() if layer.branches else {}).items():
             scale = stage.scales.get(f"{layer.name}.{key}")
             if scale is not None:

@@ -107,9 +107,15 @@ class Sharder:
     """Applies FSDP2 to layers over a group of ranks."""
 
     def __init__(
-        self, layers: Sequence[Layer], group: Group, engine: EngineConfig, device: torch.device
+        self,
+        layers: Sequence[Layer],
+        group: Group,
+        engine: EngineConfig,
+        device: torch.device,
+        keeps: bool = False,
     ) -> None:
-        self._layers = {layer.name: layer for layer in layers}
+        """`keeps`: weights stay gathered from the first forward pass to the end of a step."""
+        self._layers, self._keeps = {layer.name: layer for layer in layers}, keeps
         self._group, self._device, self._engine = group, device, engine
         assert group.handle is not None, "a world of one rank has no engine of several"
         self._mesh = DeviceMesh.from_group(group.handle, device.type)
@@ -148,6 +154,9 @@ class Sharder:
             shard = nn.Parameter(each.sharded_param._local_tensor, requires_grad=trained)
             place(shard, placement)
             parts.append(Part(name=full, shard=shard, start=start, padded=padded))
+        layer = self._layers.get(name)
+        if self._keeps and layer and layer.branches and self._half()[1]:
+            _round_gradients(wrapped)
         return Unit(name=name, module=wrapped, parts=tuple(parts))
 
     def _wrap(self, module: nn.Module, layer: Layer | None) -> Any:
@@ -158,13 +167,13 @@ class Sharder:
         wrapped: Any = fully_shard(
             module,
             mesh=self._mesh,
-            reshard_after_forward=True,
+            reshard_after_forward=not self._keeps,
             mp_policy=policy,
             ignored_params={p for p in module.parameters() if is_vector(p)},
         )
         if _fsdp_params(wrapped):
             wrapped.set_custom_all_gather(_Gather())
-            wrapped.set_custom_reduce_scatter(_Sum(rounds))
+            wrapped.set_custom_reduce_scatter(_Sum(rounds and not self._keeps))
         return wrapped
 
     def _half(self) -> tuple[torch.dtype | None, bool]:
@@ -188,6 +197,16 @@ class Sharder:
         each._setattr_on_modules(each.sharded_param)
 
 
+def collect(units: Iterable[Unit]) -> None:
+    """Add the gradients of whole parameters to their sums, in fp32.
+
+    FSDP2 does so after a backward pass, but not after the half that computes weights' gradients.
+    """
+    for each in (each for unit in units for each in _fsdp_params(unit.module)):
+        each.accumulate_unsharded_grad_if_needed()
+        each.to_accumulated_grad_if_needed()
+
+
 def hook(unit: Unit, reduced: Callable[[Tensor], None]) -> None:
     """Call `reduced` with the unit's flat gradient, summed over the group, in each backward."""
     if unit.parts:
@@ -203,6 +222,14 @@ def whole_parameters(units: Iterable[Unit]) -> list[nn.Parameter]:
 def _fsdp_params(module: Any) -> list[Any]:
     state = module._get_fsdp_state()
     return [each for group in state._fsdp_param_groups for each in group.fsdp_params]
+
+
+def _round_gradients(module: Any) -> None:
+    """Round each micro-batch's gradients to fp16, before they add up on whole parameters."""
+    module.unshard()
+    for each in _fsdp_params(module):
+        each._unsharded_param.register_hook(lambda gradient: gradient.half().float())
+    module.reshard()
 
 
 class _Allocates:

@@ -76,15 +76,14 @@ def units_of(
     A layer before the first one that is trained has no backward pass; the last of those is
     gathered ahead of one nevertheless.
     """
-    copies = [h.placement.tied_to for part in layers for h in part.parameters.values()]
-    owners = {name.partition(".")[0] for name in copies if name}
+    owners = {name for part in layers for name in _copied(part)} & {part.name for part in layers}
     trains = [len(part.frozen) < len(part.parameters) for part in layers]
     first = trains.index(True) if any(trains) else len(layers)
     units: list[PlannedUnit] = []
     root: dict[str, Held] = {}
     for i, part in enumerate(layers):
-        ties = part.name in owners or any(h.placement.tied_to for h in part.parameters.values())
-        mine = dict(_matrices(part))
+        mine = dict(_matrices(part, owners))
+        ties = part.name in owners or bool(_copied(part) & owners)
         if ties:
             root |= mine
         elif mine:
@@ -97,10 +96,18 @@ def units_of(
     return units
 
 
-def _matrices(part: RankLayer) -> Iterator[tuple[str, Held]]:
+def _copied(part: RankLayer) -> set[str]:
+    """The layers whose weights it uses, too."""
+    copies = (h.placement.tied_to for h in part.parameters.values())
+    return {name.partition(".")[0] for name in copies if name}
+
+
+def _matrices(part: RankLayer, owners: set[str]) -> Iterator[tuple[str, Held]]:
+    """Its own, and copies of weights that another stage holds."""
     for name, h in part.parameters.items():
-        if h.matrix and not h.placement.tied_to:
-            yield f"{part.name}.{name}", h
+        copy = h.placement.tied_to
+        if h.matrix and copy.partition(".")[0] not in owners:
+            yield copy or f"{part.name}.{name}", h
 
 
 def _in_16_bits(settings: PriorTrain, emulates: bool) -> bool:

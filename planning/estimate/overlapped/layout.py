@@ -5,14 +5,14 @@ from dataclasses import dataclass
 
 from models.config import PriorConfig
 from parallel.compress.advisor import PAPER_SHARE
+from parallel.schedules import Schedule, whole_rounds
 from planning.estimate.hardware import Hardware
-from planning.estimate.overlapped.schedules import Schedule, whole_rounds
 from planning.estimate.overlapped.step import Recompute, Sizes
 from training.config import PriorTrain
 
 IN_BUILD = False
-"""True when all that these layouts have can be asked for by flags: engine torch has no pipeline
-schedules, compiled blocks or asynchronous tensor parallelism yet. Until then a plan shows them
+"""True when all that these layouts have can be asked for by flags: engine torch has no compiled
+blocks, asynchronous tensor parallelism or zero bubble on GPUs yet. Until then a plan shows them
 apart, and recommends none."""
 MOST_TENSOR = 8
 MACHINES = (1, 2, 4, 8)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-Schedule = Literal["1f1b", "interleaved", "zero-bubble"]
+from parallel.schedules import Schedule
+
 Kind = Literal["forward", "backward", "weights"]
 ROUNDS = 4
 """Micro-batches that are simulated, as a multiple of the stages; more of them add their own time
@@ -62,11 +63,6 @@ def pipelined(
     slowest = max(f + b for f, b in zip(forward, backward, strict=True))
     more = (micro_batches - played) * slowest
     return Pipelined(part.seconds + more, part.busy + more, part.first + more)
-
-
-def whole_rounds(micro_batches: int, stages: int) -> bool:
-    """True if torch's interleaved and zero-bubble schedules take this number of micro-batches."""
-    return micro_batches % max(1, micro_batches // stages) == 0
 
 
 @lru_cache(maxsize=4096)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from checkpoint.reader import open_checkpoint
 from parallel.config import CompressConfig, EngineConfig, MeshConfig
+from parallel.schedules import Schedule
 from tests.faults.plants import changed, train_with
 from tests.harness import rows_of
 from tests.multiprocess.training.checks import largest_difference
@@ -34,8 +35,12 @@ def _pipe(**mesh: int) -> tuple[MeshConfig, EngineConfig]:
     return MeshConfig(**mesh), EngineConfig(name="deepspeed_pipe", gradient_accumulation_steps=2)
 
 
-def _torch(**mesh: int) -> tuple[MeshConfig, EngineConfig]:
-    return MeshConfig(**mesh), EngineConfig(name="torch", gradient_accumulation_steps=2)
+def _torch(
+    schedule: Schedule = "1f1b", chunks: int = 1, **mesh: int
+) -> tuple[MeshConfig, EngineConfig]:
+    return MeshConfig(**mesh), EngineConfig(
+        name="torch", gradient_accumulation_steps=2, schedule=schedule, virtual_stages=chunks
+    )
 
 
 LAYOUTS = {
@@ -51,6 +56,8 @@ LAYOUTS = {
     "paper 2x2": _zero(3, data=4, nodes=2),
     "torch TP2xDP2": _torch(tensor=2, data=2),
     "torch 2x2": _torch(data=4, nodes=2),
+    "torch PP2xDP2": _torch("interleaved", 2, pipeline=2, data=2),
+    "torch TP2xPP2": _torch("zero-bubble", tensor=2, pipeline=2),
 }
 REPLICAS = {
     "4": _zero(1, data=4),
@@ -75,6 +82,9 @@ SOME = [
     ("paper 2x2", "torch 2x2"),
     ("torch 2x2", "torch TP2xDP2"),
     ("torch TP2xDP2", "1 process"),
+    ("torch PP2xDP2", "TP2xPP2"),
+    ("torch 2x2", "torch PP2xDP2"),
+    ("1 process", "torch TP2xPP2"),
 ]
 PAIRS = ALL if os.environ.get("TAPIR_MATRIX") == "all" else SOME
 

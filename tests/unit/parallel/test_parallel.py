@@ -18,9 +18,10 @@ from models.config import PriorConfig
 from models.prior import COMPRESSED, PriorBlock, build_prior, prior_layers
 from parallel.balance import balanced_starts
 from parallel.compress.powersgd import shard_rank
-from parallel.config import CompressConfig, EngineConfig, MeshConfig, ModelSizes
+from parallel.config import CompressConfig, EngineConfig, EngineName, MeshConfig, ModelSizes
 from parallel.mesh import RankCoordinates, axis_ranks, coordinates_of, rank_at
 from parallel.placement import Placement, placement_of, rows_of
+from parallel.schedules import Schedule
 from parallel.tensor.ops import TensorParallel
 from parallel.world import srun_ranks
 
@@ -133,6 +134,18 @@ def test_a_flat_range_reads_back_with_zeros_for_padding(tmp_path: Path) -> None:
     assert place.slice("w", "master", 4, local[4:]) is None
 
 
+def _scheduled(
+    schedule: Schedule, chunks: int, steps: int = 4, name: EngineName = "torch", **engine: bool
+) -> EngineConfig:
+    return EngineConfig(
+        name=name,
+        schedule=schedule,
+        virtual_stages=chunks,
+        gradient_accumulation_steps=steps,
+        **engine,  # type: ignore[arg-type]
+    )
+
+
 @pytest.mark.parametrize(
     ("mesh", "engine", "compress", "expected"),
     [
@@ -150,7 +163,25 @@ def test_a_flat_range_reads_back_with_zeros_for_padding(tmp_path: Path) -> None:
         (MeshConfig(data=4), EngineConfig(name="deepspeed_zero", zero_stage=3), 8, "mesh.nodes"),
         (MeshConfig(tensor=2), EngineConfig(name="deepspeed_pipe"), 8, "no gradients are sent"),
         (MeshConfig(), EngineConfig(name="torch"), 0, "at least 2 ranks"),
-        (MeshConfig(pipeline=2), EngineConfig(name="torch"), 0, "use --engine.name deepspeed_pipe"),
+        (MeshConfig(pipeline=2), EngineConfig(name="torch"), 0, "1f1b on 2 stages; try 2"),
+        (
+            MeshConfig(pipeline=4),
+            _scheduled("interleaved", 2),
+            0,
+            "8 chunks of layers, more",
+        ),
+        (MeshConfig(pipeline=2), _scheduled("interleaved", 3), 0, "try --engine.virtual-stages 2"),
+        (MeshConfig(pipeline=2), _scheduled("interleaved", 1), 0, "interleaved takes 2 or more"),
+        (MeshConfig(pipeline=2), _scheduled("1f1b", 2), 0, "virtual_stages=2 does not go with"),
+        (MeshConfig(pipeline=3), _scheduled("zero-bubble", 1, 7), 0, "on 3 stages; try 6"),
+        (MeshConfig(pipeline=2), _scheduled("zero-bubble", 1, recompute=True), 0, "no-recompute"),
+        (MeshConfig(data=2), _scheduled("zero-bubble", 1), 0, "with 2 or more --mesh.pipeline"),
+        (
+            MeshConfig(pipeline=2),
+            _scheduled("interleaved", 2, name="deepspeed_pipe"),
+            0,
+            "use --engine.name torch",
+        ),
         (MeshConfig(data=4), EngineConfig(name="torch"), 8, "set mesh.nodes"),
         (MeshConfig(tensor=2, data=4, nodes=2), EngineConfig(name="torch"), 0, "mesh.tensor 1"),
     ],
@@ -159,8 +190,29 @@ def test_impossible_choices_are_named_with_the_nearest_possible(
     mesh: MeshConfig, engine: EngineConfig, compress: int, expected: str
 ) -> None:
     sizes = ModelSizes(heads=6, layers=5, cuttable=True)
-    problems = mesh.problems(None, sizes) + engine.problems(16 // mesh.data, mesh, compress > 0)
+    problems = mesh.problems(None, sizes)
+    problems += engine.problems(16 // mesh.data, mesh, compress > 0, sizes.layers)
     assert any(expected in text for text in problems), problems
+
+
+@pytest.mark.parametrize(
+    ("schedule", "chunks", "steps"),
+    [
+        ("1f1b", 1, 2),
+        ("1f1b", 1, 16),
+        ("interleaved", 2, 1),
+        ("interleaved", 2, 8),
+        ("zero-bubble", 1, 4),
+        ("zero-bubble", 2, 4),
+    ],
+)
+def test_possible_schedules_have_no_problems(schedule: Schedule, chunks: int, steps: int) -> None:
+    """On GPUs, where attention is compiled, a zero bubble has one."""
+    engine = _scheduled(schedule, chunks, steps)
+    assert engine.problems(16, MeshConfig(pipeline=2), False, 5) == []
+    on_gpus = engine.gpu_problems()
+    assert bool(on_gpus) == (schedule == "zero-bubble")
+    assert all("--engine.schedule interleaved" in text for text in on_gpus)
 
 
 def test_compression_of_a_negative_rank_is_refused() -> None:

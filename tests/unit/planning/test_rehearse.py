@@ -465,6 +465,33 @@ def test_stages_that_both_send_first_wait_for_each_other() -> None:
     assert outcome.whole and mismatch is None and outcome.operations == 8
 
 
+def _pair(first: list[tuple[str, int]], second: list[tuple[str, int]]) -> Any:
+    """Both replicas of each stage make the calls (kind, bytes) with the other stage."""
+    queues = [[_message(kind, i + 2, size) for kind, size in first] for i in (0, 1)]
+    queues += [[_message(kind, i, size) for kind, size in second] for i in (0, 1)]
+    return _played(*queues)
+
+
+def test_who_posts_a_message_goes_on() -> None:
+    """The steady state of 1F1B, which would stand still if a send blocked."""
+    for i, stands in (("", 4), ("i", 0)):
+        warm, steady = f"{i}send", [(f"{i}send", 8), (f"{i}recv", 8)]
+        outcome, mismatch = _pair([(warm, 8), *steady], [(f"{i}recv", 8), *steady])
+        assert len(outcome.stuck) == stands and (mismatch is None) == (not stands)
+    assert outcome.operations == 12 and outcome.bytes == 12 * 8
+
+
+def test_posted_messages_arrive_in_order_and_all_are_received() -> None:
+    outcome, mismatch = _pair([("isend", 8), ("send", 4)], [("irecv", 8), ("recv", 4)])
+    assert outcome.whole and mismatch is None
+    for waits in ([("irecv", 4), ("recv", 8)], [("recv", 4)]):
+        _, mismatch = _pair([("isend", 8), ("send", 4)], waits)
+        assert mismatch is not None and mismatch.kind == "another size", mismatch.report()
+    _, mismatch = _pair([("isend", 8), ("isend", 8)], [("irecv", 8)])
+    assert mismatch is not None and mismatch.kind == "missing message", mismatch.report()
+    assert "has 2 calls of isend for rank 2, which has 1 of irecv" in mismatch.report()
+
+
 def test_a_message_that_a_whole_stage_forgets_is_counted() -> None:
     first = [[_message("send", i + 2)] for i in (0, 1)]
     second = [[_message("recv", i)] * 2 for i in (0, 1)]

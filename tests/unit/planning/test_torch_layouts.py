@@ -8,12 +8,13 @@ import pytest
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from models.config import LoraConfig
+from parallel.schedules import Schedule, whole_rounds
 from planning.config import settings_of
 from planning.estimate.hardware import hardware_of
 from planning.estimate.overlapped.layout import IN_BUILD, Layout, layouts
 from planning.estimate.overlapped.memory import torch_bytes
 from planning.estimate.overlapped.prior import estimate_torch, factor_work, rough_torch
-from planning.estimate.overlapped.schedules import Schedule, order, pipelined, whole_rounds
+from planning.estimate.overlapped.schedules import order, pipelined
 from planning.estimate.overlapped.search import search_torch
 from planning.estimate.search import SearchResult
 from planning.report import plan_json

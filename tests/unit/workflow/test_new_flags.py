@@ -30,8 +30,15 @@ BEFORE = ROOT / "tests" / "golden" / "before"
 STAGES = ("dvae", "prior", "clip")
 GIVEN: dict[str, Value] = {"resume_with": "loop.log_every=3", "track": "tensorboard,wandb"}
 """Flags that do not take any value of their type."""
-TOGETHER: dict[str, Value] = {"mesh.tensor": 2, "mesh.sequence_parallel": True}
-"""A flag that needs another one; only a prior has tensor ranks."""
+TOGETHER: dict[str, Value] = {
+    "mesh.tensor": 2,
+    "mesh.sequence_parallel": True,
+    "mesh.pipeline": 2,
+    "engine.name": "torch",
+    "engine.schedule": "interleaved",
+    "engine.virtual_stages": 2,
+}
+"""Flags that need others; only a prior has tensor ranks and stages."""
 
 
 def new_flags(stage: str) -> dict[str, Value]:
@@ -80,7 +87,7 @@ def test_submit_and_rehearse_read_new_flags_as_train_does(
     submitted = settings_of_stages(read_runfile(file))[stage]
     submit([str(file), "--dry-run"])
     printed = capsys.readouterr().out
-    (rehearsed,), _ = laid_out([(stage, "tiny")], arguments, 2)
+    (rehearsed,), _ = laid_out([(stage, "tiny")], arguments, 4 if stage == "prior" else 2)
     for name in flags:
         assert flag_text(name) in printed
         value = _setting(trained, name)

@@ -30,7 +30,7 @@ def train_poisoned(
 ) -> Report:
     """Rows of rank 0, and all ranks' error buffers by name, kind and first element.
 
-    `poison`: the gradient of block000's q.weight on the last rank at step `at`; 0 = its own.
+    `poison`: the gradient of q.weight in the last rank's first block at step `at`; 0 = its own.
     `skipped`: the step that a guard refuses.
     """
     out.mkdir()
@@ -63,7 +63,8 @@ def run(payload: str) -> None:
         judge=judge,
     )
     engine = build_engine(program_of(case, mesh), settings, mesh)
-    q: Any = engine.layers()["block000"].q
+    layers = engine.layers()
+    q: Any = layers[min(name for name in layers if name.startswith("block"))].q
     value, own = float(body["poison"]), q.forward
     rows = []
     for step[0] in range(case.steps):
