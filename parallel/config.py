@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from parallel.schedules import Schedule, foreign_schedule, schedule_problems, split_problems
+from parallel.schedules import Schedule, schedule_problems, split_problems
 
 EngineName = Literal["reference", "deepspeed_zero", "deepspeed_pipe", "torch"]
 CPU_BUCKET, GPU_BUCKET = 2**20, 2**24
@@ -301,7 +301,7 @@ class EngineConfig:
 
         `layers`: that a pipeline can cut between; 0 = one for each chunk.
         """
-        problems = []
+        problems = split_problems(self.schedule, self.recompute)
         if self.zero_stage not in (1, 2, 3):
             problems.append(f"engine.zero_stage={self.zero_stage} must be 1, 2 or 3; try 1")
         problems += self._size_problems(batch_per_replica)
@@ -314,13 +314,9 @@ class EngineConfig:
             problems.append(
                 "engine.name=deepspeed_zero has no pipeline; use --engine.name deepspeed_pipe"
             )
-        problems += split_problems(self.schedule, self.recompute)
-        chunks, steps = self.virtual_stages, self.gradient_accumulation_steps
-        if self.name == "torch" and mesh.pipeline > 1:
-            known = layers or mesh.pipeline * chunks
-            problems += schedule_problems(self.schedule, chunks, mesh.pipeline, steps, known)
-        else:
-            problems += foreign_schedule(self.schedule, chunks)
+        stages = mesh.pipeline if self.name == "torch" else 1
+        settings = (self.schedule, self.virtual_stages, stages, self.gradient_accumulation_steps)
+        problems += schedule_problems(*settings, layers or stages * self.virtual_stages)
         if self.name == "deepspeed_pipe" and self.zero_stage != 1:
             problems.append(
                 f"engine.zero_stage={self.zero_stage} does not go with a pipeline: DeepSpeed "

@@ -13,7 +13,9 @@ def whole_rounds(micro_batches: int, stages: int) -> bool:
 def schedule_problems(
     schedule: Schedule, chunks: int, stages: int, micro_batches: int, layers: int
 ) -> list[str]:
-    """What a pipeline on torch's own stack cannot do; `chunks` and `layers` as in the settings."""
+    """What a pipeline of these stages on torch's own stack cannot do; 1 = there is none."""
+    if stages == 1:
+        return _without_stages(schedule, chunks)
     problems = []
     if chunks < 1 or (schedule, chunks > 1) in (("1f1b", True), ("interleaved", False)):
         problems.append(
@@ -41,8 +43,8 @@ def schedule_problems(
     return problems
 
 
-def foreign_schedule(schedule: Schedule, chunks: int) -> list[str]:
-    """What a schedule needs that the engine or the mesh does not have."""
+def _without_stages(schedule: Schedule, chunks: int) -> list[str]:
+    """A schedule needs an engine and a mesh that have stages."""
     if (schedule, chunks) == ("1f1b", 1):
         return []
     return [
