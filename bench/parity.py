@@ -28,7 +28,7 @@ from parallel.engines.protocol import Batch, Engine, EngineSettings, Losses, Pro
 from parallel.engines.registry import ENGINES, MEGATRON, build_engine
 from parallel.ledger import Ledger, recorded
 from parallel.mesh import Mesh, build_mesh
-from parallel.schedules import Schedule
+from parallel.pipelines.schedules import Schedule
 from parallel.world import join_world, leave_world
 
 MODEL = PriorConfig(

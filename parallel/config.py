@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from parallel.schedules import Schedule, schedule_problems, split_problems
+from parallel.pipelines.schedules import Schedule, schedule_problems, split_problems
 
 EngineName = Literal["reference", "deepspeed_zero", "deepspeed_pipe", "torch"]
 CPU_BUCKET, GPU_BUCKET = 2**20, 2**24

@@ -11,8 +11,8 @@ from generation.sampling.decoder import LocalPrior
 from generation.sampling.pipeline import Leader, Neighbours, Pipeline, WorldLeader, least_of
 from models.config import PriorConfig
 from models.prior import prior_layers
-from parallel.balance import stage_layers
 from parallel.mesh import Mesh
+from parallel.pipelines.balance import stage_layers
 from parallel.placement import tie
 from training.export.weights import fill, open_model
 

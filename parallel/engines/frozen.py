@@ -15,8 +15,8 @@ from torch import nn
 
 from core.errors import ConfigError
 from core.log import LOG
-from parallel.balance import stage_layers
 from parallel.engines.protocol import Layer, Program
+from parallel.pipelines.balance import stage_layers
 from parallel.placement import placement_of
 
 

@@ -6,9 +6,9 @@ from functools import lru_cache
 
 from models.config import PriorConfig
 from models.prior import BRANCHES
-from parallel.balance import stage_layers
 from parallel.mesh import RankCoordinates
-from planning.estimate.flight import Kept, most_kept
+from parallel.pipelines.balance import stage_layers
+from planning.estimate.fsdp.flight import Kept, most_kept
 from planning.estimate.fsdp.layout import (
     FLOAT,
     HALF,

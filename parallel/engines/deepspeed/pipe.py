@@ -7,7 +7,6 @@ import torch
 from torch import Tensor, nn
 
 from core.errors import TapirError
-from parallel.balance import balanced_starts
 from parallel.config import EngineConfig
 from parallel.engines.deepspeed.engine import DeepSpeedEngine, zero_config
 from parallel.engines.deepspeed.hooks import (
@@ -31,6 +30,7 @@ from parallel.engines.protocol import (
     scales_of,
 )
 from parallel.mesh import AXES, Group, Mesh
+from parallel.pipelines.balance import balanced_starts
 from parallel.placement import global_names, tie
 from parallel.scales import Scale
 

@@ -18,11 +18,11 @@ from torch.distributed.pipelining.schedules import (
 )
 
 from core.errors import ConfigError
-from parallel.balance import stage_layers
 from parallel.config import EngineConfig
 from parallel.engines.fsdp.units import Unit, collect
 from parallel.engines.protocol import Batch, Layer, Losses, Program, Stage
 from parallel.mesh import Mesh
+from parallel.pipelines.balance import stage_layers
 from parallel.tensor.halves import only
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from models.config import PriorConfig
 from parallel.compress.advisor import PAPER_SHARE
-from parallel.schedules import Schedule, whole_rounds
+from parallel.pipelines.schedules import Schedule, whole_rounds
 from planning.estimate.hardware import Hardware
 from planning.estimate.overlapped.step import Recompute, Sizes
 from training.config import PriorTrain

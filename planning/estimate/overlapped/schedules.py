@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
-from parallel.schedules import Schedule
+from parallel.pipelines.schedules import Schedule
 
 Kind = Literal["forward", "backward", "weights"]
 ROUNDS = 4

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from checkpoint.reader import open_checkpoint
 from parallel.config import CompressConfig, EngineConfig, MeshConfig
-from parallel.schedules import Schedule
+from parallel.pipelines.schedules import Schedule
 from tests.faults.plants import changed, train_with
 from tests.harness import rows_of
 from tests.multiprocess.training.checks import largest_difference

@@ -16,12 +16,12 @@ from core.launch_environment import Ranks, ranks_given, ranks_of
 from core.storage.store import FolderStore
 from models.config import PriorConfig
 from models.prior import COMPRESSED, PriorBlock, build_prior, prior_layers
-from parallel.balance import balanced_starts
 from parallel.compress.powersgd import shard_rank
 from parallel.config import CompressConfig, EngineConfig, EngineName, MeshConfig, ModelSizes
 from parallel.mesh import RankCoordinates, axis_ranks, coordinates_of, rank_at
+from parallel.pipelines.balance import balanced_starts
+from parallel.pipelines.schedules import Schedule
 from parallel.placement import Placement, placement_of, rows_of
-from parallel.schedules import Schedule
 from parallel.tensor.ops import TensorParallel
 from parallel.world import srun_ranks
 

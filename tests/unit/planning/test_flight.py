@@ -2,8 +2,8 @@
 
 import pytest
 
-from parallel.schedules import Schedule
-from planning.estimate.flight import Kept, most_kept
+from parallel.pipelines.schedules import Schedule
+from planning.estimate.fsdp.flight import Kept, most_kept
 
 ONE = Kept(layers=1)
 

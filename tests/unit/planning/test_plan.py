@@ -15,7 +15,6 @@ from core.errors import ConfigError, InputError
 from core.memory import memory_unit, size_text
 from models.config import PriorConfig
 from models.counts import prior_parameters
-from parallel.balance import stage_layers
 from parallel.config import (
     CPU_BUCKET,
     GPU_BUCKET,
@@ -25,6 +24,7 @@ from parallel.config import (
     MeshConfig,
 )
 from parallel.mesh import RankCoordinates
+from parallel.pipelines.balance import stage_layers
 from parallel.placement import Placement
 from planning.calibration.calibrate import (
     at_bounds,

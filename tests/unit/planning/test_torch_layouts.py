@@ -8,7 +8,7 @@ import pytest
 from torch.distributed.pipelining import schedules as torch_schedules
 
 from models.config import LoraConfig
-from parallel.schedules import Schedule, whole_rounds
+from parallel.pipelines.schedules import Schedule, whole_rounds
 from planning.config import settings_of
 from planning.estimate.hardware import hardware_of
 from planning.estimate.overlapped.layout import IN_BUILD, Layout, layouts

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench.parity import BOUND, CASES, MODEL, ONE, Case, difference, train
 from models.prior import build_prior
 from parallel.config import EngineConfig, MeshConfig
-from parallel.schedules import Schedule
+from parallel.pipelines.schedules import Schedule
 from parallel.tensor.halves import only
 from parallel.tensor.layers import VocabularyHead
 from parallel.tensor.ops import TensorParallel
@@ -126,7 +126,10 @@ def test_a_branch_that_overflows_on_one_stage_lowers_its_scale(
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_both_halves_of_a_blocks_backward_pass_cost_the_whole(precision: str) -> None:
-    """As the zero bubble runs them: torch's two functions, on a block with its attention."""
+    """As the zero bubble runs them: torch's two functions.
+
+    FlopCounterMode knows no FLOPs of the attention kernel of CPUs, in the whole as in the halves.
+    """
     block = build_prior(MODEL, 0)["block000"]
     shape = (2, MODEL.length, MODEL.dim)
 
@@ -148,7 +151,6 @@ def test_both_halves_of_a_blocks_backward_pass_cost_the_whole(precision: str) ->
         _, groups = stage_backward_input([out], [torch.ones(shape)], [x], block.parameters())
     with second, only("weights"):
         stage_backward_weight(block.parameters(), groups)
-    assert first.get_total_flops() > second.get_total_flops() > 0
     assert first.get_total_flops() + second.get_total_flops() == whole.get_total_flops()
     matmuls = 2 * shape[0] * shape[1] * sum(p.numel() for p in block.parameters() if p.dim() > 1)
     assert second.get_total_flops() == matmuls

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parallel.schedules import Schedule
+from parallel.pipelines.schedules import Schedule
 from planning.estimate.overlapped.schedules import order
 
 
