@@ -192,9 +192,7 @@ def model_bytes(loads: Loads) -> Bytes:
     mine = whole // mesh.data
     partial = sum(touched(group, mesh.data, loads.at.replica) for group in groups)
     bucket = max(total if settings.compress.on else 0, bucket_of(settings))
-    again = (
-        settings.engine.gradient_accumulation_steps > 1
-    )  # new gradients beside the accumulated ones
+    again = settings.engine.gradient_accumulation_steps > 1  # beside the accumulated ones
     copied = partial if stage == 1 or again else 0
     return {
         "parameters": 4 * (whole + frozen),
@@ -295,9 +293,7 @@ def _transient(loads: Loads, keeps: Mapping[str, Keeps]) -> int:
     logits = 0
     if any(part.name == "head" for part in loads.layers):
         logits = 2 * keeps["head"]["loss"][0] * micro
-    between = 0
-    if mesh.pipeline > 1:
-        between = _between_stages(loads, whole)
+    between = _between_stages(loads, whole) if mesh.pipeline > 1 else 0
     return max(branch, logits) + between + _waiting_halves(loads, logits // 2)
 
 
