@@ -42,7 +42,9 @@ _PEERS = ("root_rank", "dst", "src")
 _LIBRARIES = ("deepspeed", "megatron")
 _WRAPPERS = ("deepspeed/comm/", "deepspeed/utils/", "deepspeed/runtime/pipe/p2p.py")
 _OWN = ("parallel", "models", "training")
-_PLACES = 5
+_TENSOR = "parallel/tensor/"
+"""Layers that wrap one another around a call: the innermost is enough."""
+_PLACES = 3
 _DEPTH = 14
 """Maximum stack frames from a function of torch.distributed to the dispatcher, with a margin."""
 _C10D = dist.distributed_c10d.__file__
@@ -231,7 +233,8 @@ def places(frame: FrameType | None = None) -> tuple[str, ...]:
     frame = frame or sys._getframe(1)
     while frame is not None and len(lines) < _PLACES:
         name = _known_file(frame.f_code.co_filename)
-        if name and (not lines or not name.startswith(_LIBRARIES)):
+        wraps = bool(lines) and name.startswith(_TENSOR) and lines[-1].startswith(_TENSOR)
+        if name and (not lines or not name.startswith(_LIBRARIES)) and not wraps:
             lines.append(f"{name}:{frame.f_lineno} {frame.f_code.co_name}")
         frame = frame.f_back
     return tuple(lines)
