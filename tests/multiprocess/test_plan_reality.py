@@ -24,7 +24,7 @@ from parallel.engines.rebuilt import watched
 from parallel.engines.registry import build_engine, modules_of
 from parallel.ledger import Ledger, recorded
 from parallel.mesh import Mesh, build_mesh, coordinates_of
-from parallel.world import World, join_world, leave_world
+from parallel.world import join_world, leave_world
 from planning.estimate.memory import Loads, loads_of, rank_bytes
 from planning.estimate.reserve import communicators
 from planning.estimate.traffic import step_traffic
@@ -296,14 +296,23 @@ def measure_ranks(payload: str) -> None:
     with recorded(Mesh(world=world)) as ledger:  # DeepSpeed keeps references to the first functions
         for row in body["cases"]:
             case = from_json(Case, row)
-            figures[case.name] = _measure(case, world, ledger)
+            before = set(_groups())
+            mesh = build_mesh(case.mesh, world)
+            built = [group for group in _groups() if group not in before]
+            figures[case.name] = _measure(case, mesh, ledger)
+            for group in built:  # gloo's threads poll: those of all cases would fill the cores
+                dist.destroy_process_group(group)
+            del mesh, built
     Path(body["out"], f"result-{world.rank}.json").write_text(json.dumps(figures))
     leave_world(world)
 
 
-def _measure(case: Case, world: World, ledger: Ledger) -> dict[str, Any]:
-    mesh = build_mesh(case.mesh, world)
-    Ledger.__init__(ledger, mesh, Heart(world.rank))
+def _groups() -> list[dist.ProcessGroup]:
+    return list(dist.distributed_c10d._world.pg_map)
+
+
+def _measure(case: Case, mesh: Mesh, ledger: Ledger) -> dict[str, Any]:
+    Ledger.__init__(ledger, mesh, Heart(mesh.world.rank))
     seen: dict[str, int] = {}
     settings = EngineSettings(
         optim=replace(OPTIM, moments=case.moments),
