@@ -1,7 +1,9 @@
 """The prior's numbers, by hand or by torch's own transformer."""
 
 import math
-from dataclasses import fields
+from collections.abc import Callable
+from dataclasses import fields, replace
+from typing import Any
 
 import pytest
 import torch
@@ -18,6 +20,7 @@ from models.prior import (
     PriorEmbedding,
     PriorHead,
     PriorLogits,
+    _gated,
     prior_layers,
     prior_loss,
     prior_program,
@@ -165,6 +168,48 @@ def test_a_block_is_torchs_own_transformer_layer(number: int, kind: str) -> None
     x = torch.randn(2, 7, 12, generator=draws)
     expected = torchs(x, src_mask=~full_mask(kind, 3, 2, 11))  # type: ignore[arg-type]
     assert torch.allclose(block(x), expected, atol=1e-5)
+
+
+def test_heads_are_joined_by_position() -> None:
+    """Two heads of 0..3 and 4..7, (head, position, channel); the output matrix is I."""
+    block = PriorBlock(_tiny(dim=4, heads=2), 1, ALONE)
+    with torch.no_grad():
+        block.out.weight.copy_(torch.eye(4))
+        block.out.bias.zero_()
+    joined = block._join(torch.arange(8.0).view(1, 2, 2, 2))
+    assert joined.tolist() == [[[0, 1, 4, 5], [2, 3, 6, 7]]]
+
+
+@pytest.mark.parametrize("changes", [{}, {"mlp": "gated"}, {"norm": "rms", "mlp": "gated"}])
+def test_a_selective_block_computes_cheap_parts_again(
+    changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Gradients are those of a block that keeps all; LayerNorm's kernel keeps only its input."""
+    block = PriorBlock(replace(_tiny(dim=12, heads=3), **changes), 1, ALONE)
+    draws = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in block.parameters():
+            p.copy_(0.4 * torch.randn(p.shape, generator=draws))
+    given = torch.randn(2, 7, 12, generator=draws)
+    parts, run_cheap = list[object](), block.run_cheap
+
+    def noted(part: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+        parts.append(part)
+        return run_cheap(part, *inputs)
+
+    monkeypatch.setattr(block, "run_cheap", noted)
+    gradients = []
+    for selective in (False, True):
+        block.selective = selective
+        x = given.clone().requires_grad_()
+        block(x).square().sum().backward()
+        gradients.append([x.grad, *(p.grad for p in block.parameters())])
+        block.zero_grad()
+    for kept, again in zip(*gradients, strict=True):
+        assert kept is not None and again is not None and kept.equal(again)
+    rms, gated = changes.get("norm") == "rms", changes.get("mlp") == "gated"
+    cheap = [block.attention_norm] * rms + [block._attended] + [block.mlp_norm] * rms
+    assert parts == 2 * [*cheap, *[_gated] * gated]
 
 
 def test_the_head_reads_text_from_text_and_codes_from_the_image() -> None:
