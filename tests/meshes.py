@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import parity
-from bench.parity import CASES, ONE
+from bench.parity import CASES, ONE, Case
 from cluster.processes import die_with_parent
 from core.errors import TapirError
 from tests.harness import ENVIRONMENT, ROOT
@@ -27,16 +27,20 @@ CORES = 4
 
 
 def train_meshes(
-    out: Path, kind: str, precisions: Sequence[str], more: Sequence[str] = ()
+    out: Path,
+    kind: str,
+    precisions: Sequence[str],
+    more: Sequence[str] = (),
+    cases: Sequence[Case] = CASES,
 ) -> dict[str, Rows]:
-    """Rows by name of every case in each precision, and of `more`, such as "TP2 pipe bf16".
+    """Rows by name of the cases in each precision, and of `more`, such as "TP2 pipe bf16".
 
     A case that failed has none, and is printed. Worlds run side by side where there are cores.
     """
     parts = max(1, (os.cpu_count() or 1) // CORES)
     environment = {**ENVIRONMENT, **({"CUDA_VISIBLE_DEVICES": ""} if kind == "cpu" else {})}
     ones = {f"{ONE.name} {name.split()[-1]}" for name in [*precisions, *more]}
-    names = [f"{case.name} {precision}" for precision in precisions for case in CASES]
+    names = [f"{case.name} {precision}" for precision in precisions for case in cases]
     names = [*sorted(ones), *names, *more]
     command = [sys.executable, "-m", "tests.meshes", str(out), kind]
     running = [

@@ -17,7 +17,7 @@ from torch.distributed.pipelining.schedules import (
     ScheduleInterleavedZeroBubble,
 )
 
-from core.errors import ConfigError
+from core.config import check
 from parallel.config import EngineConfig
 from parallel.engines.fsdp.units import Unit, collect
 from parallel.engines.protocol import Batch, Layer, Losses, Program, Stage
@@ -99,11 +99,7 @@ class Pipeline:
 
         Raises: ConfigError for a schedule that this device cannot run.
         """
-        if engine.schedule == "zero-bubble" and mesh.world.device.type == "cuda":
-            raise ConfigError(
-                "engine.schedule=zero-bubble splits the backward pass, which compiled attention "
-                "on GPUs does not survive (pytorch 161904); use --engine.schedule interleaved"
-            )
+        check(engine.gpu_problems() if mesh.world.device.type == "cuda" else [])
         assert program.state is not None, "a program that can be cut names its states' shape"
         self._shape_of, self._chunks, self._units = program.state, chunks, units
         self._engine, self._mesh = engine, mesh
