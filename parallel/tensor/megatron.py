@@ -29,7 +29,22 @@ def megatron_groups(tensor: int, pipeline: int) -> dict[str, "dist.ProcessGroup"
         "data": parallel_state.get_data_parallel_group(),
     }
     ends = parallel_state.get_embedding_group(check_initialized=False)
-    return groups if ends is None else {**groups, "ends": ends}
+    if ends is not None:
+        groups["ends"] = ends
+    _free_all_but(list(groups.values()))
+    return groups
+
+
+def _free_all_but(kept: list["dist.ProcessGroup"]) -> None:
+    """Destroy megatron-core's other groups: thirteen, each with polling threads and buffers."""
+    for name, made in list(vars(parallel_state).items()):
+        others = list(made) if isinstance(made, list) else [made]
+        others = [g for g in others if isinstance(g, dist.ProcessGroup) and g not in kept]
+        for group in others:
+            if group in dist.distributed_c10d._world.pg_map:  # two names may mean one group
+                dist.destroy_process_group(group)
+        if others:
+            setattr(parallel_state, name, None)
 
 
 class MegatronTensorParallel(TensorParallel):

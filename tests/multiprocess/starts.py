@@ -79,7 +79,9 @@ def open_and_read(payload: str) -> None:
         _count(name)
     body = json.loads(payload)
     world = join_world()
+    before = len(dist.distributed_c10d._world.pg_map)
     mesh = build_mesh(MeshConfig(pipeline=body["pipeline"], data=body["data"]), world)
+    groups = len(dist.distributed_c10d._world.pg_map) - before
     tiny = PRESETS["prior"]["tiny"]()
     order = OrderConfig(lanes=body["data"], shuffle_buffer=1)
     loop = replace(tiny.loop, global_batch_size=4 * body["data"])
@@ -97,7 +99,8 @@ def open_and_read(payload: str) -> None:
     _report(
         payload,
         {"start": at_start, "first": first, "facts": facts, "shards": shards}
-        | {"needs": mesh.needs_data, "index": source.has_index, "ranks": mesh.data_ranks},
+        | {"needs": mesh.needs_data, "index": source.has_index, "ranks": mesh.data_ranks}
+        | {"groups": groups},
     )
     world.barrier()
     leave_world(world)

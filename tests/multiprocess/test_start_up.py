@@ -78,6 +78,7 @@ def test_rank_0_alone_reads_manifests_and_indexes(tmp_path: Path) -> None:
         facts = [manifest.fingerprint, source.sizes.tolist(), 1, manifest.facts]
         assert row["facts"] == facts
         assert row["shards"] == ([shard.sha256 for shard in manifest.shards] if reader else [])
+        assert row["groups"] == (4 if reader else 3), "groups that nobody uses have threads of gloo"
         assert row["first"] == source.read(0).ids.tolist()
 
 
