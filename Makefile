@@ -101,6 +101,7 @@ bench: $(DEV_STAMP) system
 	$(BIN)/python -m bench engines --json
 	$(BIN)/python -m bench parity --json
 	$(BIN)/python -m bench network --json
+	$(BIN)/python -m bench bubble --json
 	$(BIN)/python -m bench saving --json
 	$(BIN)/python -m bench goodput --json
 	$(BIN)/python -m bench order --json

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from parallel.compress.between import between_problems
 from parallel.pipelines.schedules import Schedule, schedule_problems, split_problems
 
 EngineName = Literal["reference", "deepspeed_zero", "deepspeed_pipe", "torch"]
@@ -251,6 +252,10 @@ class EngineConfig:
     by a matmul that all ranks time; on GPUs bf16 if supported. bf16: matmuls in bf16 with fp32
     accumulation. fp16: residual branches in fp16, each with its own gradient scale; emulated on
     CPUs. In both, weights, moments, norms, logits and sums of gradients stay fp32."""
+    reduce_precision: Literal["fp32", "16-bit"] = "fp32"
+    """What engine torch adds up matrices' gradients of residual branches in. 16-bit halves the
+    bytes: the branch's type over a node's ranks, bf16 between nodes; micro-batches still add up in
+    fp32."""
     matmul_precision: Literal["auto", "highest", "medium"] = "auto"
     """fp32 matmuls, and on GPUs convolutions: highest = fp32 throughout; medium = TF32 on GPUs;
     auto = highest on GPUs; on CPUs medium if it is as accurate and faster in a matmul that all
@@ -310,6 +315,11 @@ class EngineConfig:
                 "engine.name=reference has no tensor or pipeline ranks; use --engine.name "
                 + ("deepspeed_pipe" if mesh.pipeline > 1 else "deepspeed_zero")
             )
+        if self.reduce_precision != "fp32" and self.name != "torch":
+            problems.append(
+                f"engine.reduce_precision={self.reduce_precision} is of torch's own stack; use "
+                "--engine.name torch, or --engine.reduce-precision fp32"
+            )
         if self.name == "deepspeed_zero" and mesh.pipeline > 1:
             problems.append(
                 "engine.name=deepspeed_zero has no pipeline; use --engine.name deepspeed_pipe"
@@ -327,20 +337,6 @@ class EngineConfig:
                 f"engine.name={self.name} needs at least 2 ranks, e.g. mesh.data=2; "
                 "on one process use --engine.name reference"
             )
-        if mesh.nodes > 1 and not (self.shards_weights and mesh.tensor * mesh.pipeline == 1):
-            problems.append(
-                f"mesh.nodes={mesh.nodes} is the paper's layout: it needs --engine.name "
-                "torch, or deepspeed_zero --engine.zero-stage 3, and --mesh.tensor 1 "
-                "--mesh.pipeline 1; otherwise --mesh.nodes 1"
-            )
-        if compress and self.shards_weights and mesh.nodes == 1:
-            problems.append(
-                "compress.rank: weights sharded on one node leave no replica whose gradients could "
-                "be compressed; set mesh.nodes, or --engine.name deepspeed_zero "
-                "--engine.zero-stage 1"
-            )
-        elif compress and mesh.data == 1:
-            problems.append(
-                "compress.rank: with mesh.data=1 no gradients are sent; set --compress.rank 0"
-            )
+        whole = mesh.tensor * mesh.pipeline == 1
+        problems += between_problems(mesh.nodes, mesh.data, whole, self.shards_weights, compress)
         return problems

@@ -28,8 +28,6 @@ from parallel.mesh import Group, Mesh, build_mesh
 from parallel.placement import placement_of
 from parallel.world import World, join_world, leave_world
 
-Sends = Literal["engine", "half", "nothing"]
-
 
 @dataclass(frozen=True, kw_only=True)
 class Contender:
@@ -38,9 +36,9 @@ class Contender:
     engine: EngineName = "torch"
     rank: int = 0
     payload: Literal["fp32", "bf16"] = "fp32"
-    sends: Sends = "engine"
-    """half: uncompressed gradients in 16 bits, cast here, since no engine reduces them so between
-    machines; nothing: no gradient is reduced, to time the passes alone."""
+    reduces: Literal["fp32", "16-bit"] = "fp32"
+    silent: bool = False
+    """No gradient is reduced, to time the passes alone."""
 
 
 CONTENDERS = {
@@ -48,9 +46,9 @@ CONTENDERS = {
     "compressed": Contender(engine="reference", rank=RANK),
     "torch plain": Contender(),
     "torch compressed": Contender(rank=RANK),
-    "torch plain 16": Contender(sends="half"),
-    "torch compressed 16": Contender(rank=RANK, payload="bf16"),
-    "torch alone": Contender(sends="nothing"),
+    "torch plain 16": Contender(reduces="16-bit"),
+    "torch compressed 16": Contender(rank=RANK, payload="bf16", reduces="16-bit"),
+    "torch alone": Contender(silent=True),
 }
 
 
@@ -77,7 +75,7 @@ def _measure(task: Task, world: World) -> Figures:
                 engine.step([batch], 1e-4)
             here = traffic.counts.get("machine", {}).values()  # a group of this rank alone
             figures.sent[name] = traffic.bytes - sum(row["bytes"] for row in here)
-    clocks = {n: _clocked(e) for n, e in engines.items() if CONTENDERS[n].sends == "nothing"}
+    clocks = {n: _clocked(e) for n, e in engines.items() if CONTENDERS[n].silent}
     for _ in range(task.rounds):
         for name, engine in engines.items():
             world.barrier()
@@ -107,42 +105,14 @@ def _meshes(world: World) -> dict[str, Mesh]:
 def _engine(contender: Contender, program: Program, meshes: dict[str, Mesh]) -> Any:
     settings = EngineSettings(
         optim=OptimConfig(),
-        engine=EngineConfig(name=contender.engine),
+        engine=EngineConfig(name=contender.engine, reduce_precision=contender.reduces),
         compress=CompressConfig(rank=contender.rank, payload=contender.payload),
         seed=0,
     )
     engine = build_engine(program, settings, meshes[contender.engine])
-    if contender.sends == "half":
-        engine._buckets._start = _Halves(meshes[contender.engine].between).start
-    if contender.sends == "nothing":
+    if contender.silent:
         engine._buckets._start = lambda unit, known: None
     return engine
-
-
-class _Halves:
-    """Reduces flat gradients in bf16."""
-
-    def __init__(self, group: Group) -> None:
-        self._group = group
-
-    def start(self, _unit: Any, known: Any) -> None:
-        """In place of the engine's own start of a unit's reduction."""
-        half = known.flat.bfloat16()
-        work = dist.all_reduce(half, group=self._group.handle, async_op=True)
-        known.work = _Widens(work, half, known.flat)
-
-
-@dataclass(frozen=True)
-class _Widens:
-    """Work that copies its result back to fp32."""
-
-    work: Any
-    half: torch.Tensor
-    flat: torch.Tensor
-
-    def wait(self) -> None:
-        self.work.wait()
-        self.flat.copy_(self.half)
 
 
 def _clocked(engine: Any) -> Callable[[], Passes]:

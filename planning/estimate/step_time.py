@@ -177,18 +177,22 @@ def _layer(loads: Loads, part: RankLayer, hardware: Hardware) -> tuple[float, fl
     if block and settings.engine.recompute:
         again = recomputed_work(loads, part, hardware) if settings.engine.selective else ()
         backward += seconds(again, hardware) if again else forward
-    third = _third_stage(loads, part, hardware)
-    return forward + there + third, backward + back + 2 * third, there + back + 3 * third
+    weights, gradients = _third_stage(loads, part, hardware)
+    third = weights + gradients
+    sent = there + back + weights + third
+    return forward + there + weights, backward + back + third, sent
 
 
-def _third_stage(loads: Loads, part: RankLayer, hardware: Hardware) -> float:
-    """Seconds to gather a layer's weights under ZeRO-3; scattering its gradients takes as long."""
+def _third_stage(loads: Loads, part: RankLayer, hardware: Hardware) -> tuple[float, float]:
+    """Seconds to gather a layer's weights once, and to scatter its gradients, under ZeRO-3."""
     if stage_of_zero(loads.settings) != 3:
-        return 0.0
-    mesh = loads.settings.mesh
-    half = uses_fsdp(loads.settings) and part.name.startswith("block")
-    count = float(wire_bytes(loads) if half else 4) * sum(h.numel for h in part.parameters.values())
-    return gather(count, group_span(mesh, "machine"), hardware)
+        return 0.0, 0.0
+    settings, span = loads.settings, group_span(loads.settings.mesh, "machine")
+    numel = sum(h.numel for h in part.parameters.values())
+    half = uses_fsdp(settings) and part.name.startswith("block")
+    narrow = half and settings.engine.reduce_precision != "fp32"
+    weights = gather(float(wire_bytes(loads) if half else 4) * numel, span, hardware)
+    return weights, gather((2.0 if narrow else 4.0) * numel, span, hardware)
 
 
 def _played(settings: PriorTrain, stages: Sequence[_StageSeconds], hardware: Hardware) -> Played:

@@ -49,7 +49,7 @@ MODERN: dict[str, Any] = {
 """Every option that differs from the paper."""
 SELECTIVE: dict[str, Any] = {"recompute": True, "recompute_granularity": "selective"}
 
-
+NARROW: dict[str, Any] = {"reduce_precision": "16-bit"}
 TP2 = MeshConfig(tensor=2, sequence_parallel=True)
 
 
@@ -185,7 +185,7 @@ CASES = [
         WIDE,
         freeze="embedding|block000|block001|up.weight",
     ),
-    _case("torch, DP4", MeshConfig(data=4), "torch", precision="bf16"),
+    _case("torch, DP4", MeshConfig(data=4), "torch", precision="bf16", **NARROW),
     _case("torch, TP2 x DP2", MeshConfig(tensor=2, data=2), "torch", WIDE, precision="bf16"),
     _case("torch, SP2 x DP2", replace(TP2, data=2), "torch", WIDE, precision="bf16"),
     _case("torch, PP2", MeshConfig(pipeline=2), "torch", WIDE),
@@ -206,6 +206,7 @@ CASES = [
         precision="bf16",
         schedule="interleaved",
         virtual_stages=2,
+        **NARROW,
     ),
     _case(
         "torch, SP2 x PP2, zero bubble",
@@ -215,7 +216,7 @@ CASES = [
         schedule="zero-bubble",
         virtual_stages=2,
     ),
-    _case("torch, 2 nodes", MeshConfig(data=4, nodes=2), "torch", WIDE),
+    _case("torch, 2 nodes", MeshConfig(data=4, nodes=2), "torch", WIDE, **NARROW),
     _case("torch, 2 nodes, compressed", MeshConfig(data=4, nodes=2), "torch", WIDE, rank=16),
     _case("SP2 x DP2, ZeRO-3", replace(TP2, data=2), "deepspeed_zero", WIDE, zero_stage=3),
     _case("PP2, modern", MeshConfig(pipeline=2), "deepspeed_pipe", replace(SMALL, **MODERN)),

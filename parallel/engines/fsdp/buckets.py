@@ -33,6 +33,15 @@ class _Sum:
     views: dict[str, Tensor]
     """The shards' gradients by name, in it."""
     work: "dist.Work | None" = None
+    sent: Tensor | None = None
+    """What the work adds up, if not `flat`."""
+
+    def wait(self) -> None:
+        """Wait for the reduction between machines."""
+        if self.work is not None:
+            self.work.wait()
+        if self.sent is not None:
+            self.flat.copy_(self.sent)
 
 
 @dataclass(kw_only=True)
@@ -83,6 +92,7 @@ class Buckets:
     def _receive(self, unit: Unit, flat: Tensor) -> None:
         known = self._sums.get(unit.name)
         if known is None:
+            flat = flat.float()
             known = self._sums[unit.name] = _Sum(flat, unit.gradients(flat))
         else:
             known.flat += flat
@@ -111,7 +121,9 @@ class Buckets:
             plain = [name for name in plain if name not in self.compressor.names]
             self.compressor.start(unit.name, known.views)
         if len(plain) == len(known.views):
-            known.work = dist.all_reduce(known.flat, group=self.mesh.between.handle, async_op=True)
+            known.sent = known.flat.bfloat16() if unit.narrow else None
+            added = known.flat if known.sent is None else known.sent
+            known.work = dist.all_reduce(added, group=self.mesh.between.handle, async_op=True)
             return
         for name in plain:  # next to compressed matrices
             if known.views[name].numel():
@@ -140,8 +152,7 @@ class Buckets:
             flags.append(flag)
         plain = {n: g for n, g in self.gradients().items() if n not in squares}
         for known in self._sums.values():
-            if known.work is not None:
-                known.work.wait()
+            known.wait()
         if plain and self.mesh.between.size > 1:
             torch._foreach_div_(list(plain.values()), self.mesh.between.size)
         works()

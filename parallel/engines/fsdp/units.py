@@ -54,6 +54,8 @@ class Unit:
     module: Any
     """FSDP2's module."""
     parts: tuple[Part, ...]
+    narrow: bool = False
+    """Its gradients are added up in 16 bits."""
 
     def gradients(self, flat: Tensor) -> dict[str, Tensor]:
         """Views of a flat gradient by name, of what is trained; shapes of the shards."""
@@ -155,14 +157,19 @@ class Sharder:
             place(shard, placement)
             parts.append(Part(name=full, shard=shard, start=start, padded=padded))
         layer = self._layers.get(name)
-        if self._keeps and layer and layer.branches and self._half()[1]:
+        branches = layer is not None and bool(layer.branches)
+        if self._keeps and branches and self._half()[1]:
             _round_gradients(wrapped)
-        return Unit(name=name, module=wrapped, parts=tuple(parts))
+        narrow = branches and self._sent_as() is not None
+        return Unit(name=name, module=wrapped, parts=tuple(parts), narrow=narrow)
 
     def _wrap(self, module: nn.Module, layer: Layer | None) -> Any:
-        half, rounds = self._half() if layer and layer.branches else (None, False)
+        half, rounds, sent = None, False, None
+        if layer and layer.branches:
+            (half, rounds), sent = self._half(), self._sent_as()
+        added = sent if sent and not self._keeps else torch.float32  # whole sums stay fp32
         policy = MixedPrecisionPolicy(
-            param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False
+            param_dtype=half, reduce_dtype=added, cast_forward_inputs=False
         )
         wrapped: Any = fully_shard(
             module,
@@ -173,7 +180,9 @@ class Sharder:
         )
         if _fsdp_params(wrapped):
             wrapped.set_custom_all_gather(_Gather())
-            wrapped.set_custom_reduce_scatter(_Sum(rounds and not self._keeps))
+            wrapped.set_custom_reduce_scatter(_Sum(rounds and not self._keeps, sent))
+            if added == torch.float16:  # is divided before and after the sum otherwise
+                wrapped.set_gradient_divide_factor(1.0)
         return wrapped
 
     def _half(self) -> tuple[torch.dtype | None, bool]:
@@ -183,6 +192,12 @@ class Sharder:
         if self._engine.precision != "fp16":
             return None, False
         return (torch.float16, False) if self._device.type == "cuda" else (None, True)
+
+    def _sent_as(self) -> torch.dtype | None:
+        """The type in which gradients of residual branches are added up, if not fp32."""
+        if self._engine.reduce_precision == "fp32":
+            return None
+        return torch.float16 if self._engine.precision == "fp16" else torch.bfloat16
 
     def _fill(self, each: Any, name: str, placement: Placement, start: int) -> None:
         """Allocate and draw this rank's rows of a parameter that had only a shape."""
@@ -256,8 +271,9 @@ class _Gather(_Allocates):
 class _Sum(_Allocates):
     """A reduce-scatter that adds up; the division follows on the shard, in fp32."""
 
-    def __init__(self, rounds: bool) -> None:
-        self._rounds = rounds
+    def __init__(self, rounds: bool, sent: torch.dtype | None) -> None:
+        """`rounds`: to fp16, which is emulated; `sent`: another type to add up in."""
+        self._rounds, self._sent = rounds, sent
 
     def __call__(
         self,
@@ -269,7 +285,13 @@ class _Sum(_Allocates):
     ) -> "dist.Work | None":
         if self._rounds:
             input_tensor.copy_(input_tensor.half())
-        work: dist.Work | None = dist.reduce_scatter_tensor(
-            output_tensor, input_tensor, group=group
+        given = input_tensor if self._sent is None else input_tensor.to(self._sent)
+        taken = (
+            output_tensor
+            if given is input_tensor
+            else torch.empty_like(output_tensor, dtype=given.dtype)
         )
+        work: dist.Work | None = dist.reduce_scatter_tensor(taken, given, group=group)
+        if taken is not output_tensor:
+            output_tensor.copy_(taken)
         return work

@@ -29,6 +29,8 @@ class PlannedUnit:
     """By global name."""
     width: int
     """Bytes of a gathered element."""
+    reduced: int
+    """Bytes of an element of a gradient as it is added up."""
     goes_back: bool
     """Gathered for the backward pass, too."""
 
@@ -88,11 +90,19 @@ def units_of(
             root |= mine
         elif mine:
             half = part.name.startswith("block") and _in_16_bits(settings, emulates)
-            width = HALF if half else FLOAT
-            unit = PlannedUnit(name=part.name, matrices=mine, width=width, goes_back=i >= first - 1)
+            narrow = part.name.startswith("block") and settings.engine.reduce_precision != "fp32"
+            unit = PlannedUnit(
+                name=part.name,
+                matrices=mine,
+                width=HALF if half else FLOAT,
+                reduced=HALF if narrow else FLOAT,
+                goes_back=i >= first - 1,
+            )
             units.append(unit)
     if root:
-        units.append(PlannedUnit(name="", matrices=root, width=FLOAT, goes_back=True))
+        units.append(
+            PlannedUnit(name="", matrices=root, width=FLOAT, reduced=FLOAT, goes_back=True)
+        )
     return units
 
 

@@ -24,12 +24,12 @@ def add_fsdp(loads: Loads, tally: Tally) -> None:
             tally.add("machine", "all_gather_into_tensor", count, passes)
         trained = {name: h for name, h in unit.matrices.items() if h.trained}
         if trained and shards > 1:
-            count = FLOAT * unit.padded(shards, trained=True) * times
+            count = unit.reduced * unit.padded(shards, trained=True) * times
             tally.add("machine", "reduce_scatter_tensor", count, times)
         if mesh.pipeline > 1:
             _ends(loads, tally, trained)
         if trained and mesh.nodes > 1:
-            _between(loads, tally, trained, names)
+            _between(loads, tally, trained, names, unit.reduced)
     if mesh.data > 1 and vectors_of(loads.held):
         tally.add("data", "all_reduce", FLOAT * vectors_of(loads.held))
 
@@ -43,8 +43,13 @@ def _ends(loads: Loads, tally: Tally, trained: Mapping[str, Held]) -> None:
             tally.add("ends", "all_reduce", FLOAT * count)
 
 
-def _between(loads: Loads, tally: Tally, trained: Mapping[str, Held], names: set[str]) -> None:
-    """A unit's reduction between machines: P and Q, and what is not factored."""
+def _between(
+    loads: Loads, tally: Tally, trained: Mapping[str, Held], names: set[str], width: int
+) -> None:
+    """A unit's reduction between machines: P and Q, and what is not factored.
+
+    `width`: bytes of an element, if nothing is.
+    """
     settings = loads.settings
     shards = list(factored(settings, trained, loads.at))
     for side in (min, max) if shards else ():
@@ -54,7 +59,7 @@ def _between(loads: Loads, tally: Tally, trained: Mapping[str, Held], names: set
     plain = {name: h for name, h in trained.items() if name not in names}
     if len(plain) == len(trained):
         count = sum(shard_elements(h, local) for h in plain.values())
-        tally.add("between", "all_reduce", FLOAT * count)
+        tally.add("between", "all_reduce", width * count)
         return
     for count in (real_elements(h, local, rank) for h in plain.values()):
         if count:
