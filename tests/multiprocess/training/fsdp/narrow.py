@@ -27,13 +27,13 @@ def mean_gradients(case: Case, out: Path) -> dict[str, Tensor]:
     payload = json.dumps({"case": asdict(case), "out": str(out)})
     launch(f"{__name__}:run", payload, case.mesh.world, [*PRELOAD, __name__])
     whole = {n: torch.zeros(p.shape) for n, p in build_prior(MODEL, SEED).named_parameters()}
-    found = set()
+    names = set()
     for path in sorted(out.glob("*.safetensors")):
         for key, shard in load_file(path).items():
             name, start = key.split("@")
             whole[name].view(-1)[int(start) : int(start) + shard.numel()] = shard.view(-1)
-            found.add(name)
-    return {name: whole[name] for name in sorted(found)}
+            names.add(name)
+    return {name: whole[name] for name in sorted(names)}
 
 
 def run(payload: str) -> None:
