@@ -18,9 +18,9 @@ _NEAR = (
     "adamw", "adapters", "ahead", "attention", "bpe", "cache", "carry_over", "custom_code",
     "dvae", "dvae_program", "equality", "error_buffers", "feed", "fid", "image_tokenizers",
     "keyed_noise", "modeling", "models", "modern_priors", "noise", "openai_dvae", "order",
-    "panels_suite", "paper_numbers", "parallel", "perceptual", "powersgd", "quantizers",
-    "registry", "running", "sampling", "scales", "schedules", "second_device",
-    "second_device_pictures", "suite_criteria", "suites",
+    "orthogonal", "panels_suite", "paper_numbers", "parallel", "perceptual", "powersgd",
+    "quantizers", "recompute", "registry", "running", "sampling", "scales", "schedules",
+    "second_device", "second_device_pictures", "suite_criteria", "suites",
 )  # fmt: skip
 """Tests of what is mutated, beside all `test_pins_*`; others run it too, but slowly."""
 MOST_SECONDS = 8.0
