@@ -42,7 +42,7 @@ PACKAGES = {
     "webdataset": ["webdataset", "numpy"],
     "litdata": ["litdata", "torch", "numpy"],
     "mosaic": [
-        *("numpy", "torch", "tqdm", "xxhash<4", "zstd", "Brotli", "python-snappy", "boto3"),
+        *("numpy", "torch", "tqdm", "xxhash", "zstd", "Brotli", "python-snappy", "boto3"),
         *("pillow", "catalogue"),
     ],
 }

@@ -7,8 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 from bench.__main__ import names
+from bench.loader import CONSTRAINTS, PACKAGES
 from bench.support.children import ROOT, child_environment, module_command
 from bench.support.sizes import TINY
 from tests.harness import ENVIRONMENT
@@ -53,6 +55,16 @@ def test_a_benchmark_runs_in_miniature(name: str, tokens: Path, tmp_path: Path) 
         assert row["name"] and row["baseline"], row
         low, high = row["spread"]
         assert math.isfinite(row["value"]) and low <= high, row
+
+
+def test_what_other_loaders_need_goes_with_the_constraints() -> None:
+    """Their environments are made in full runs alone."""
+    lines = [line for line in CONSTRAINTS.read_text().splitlines() if "==" in line[:60]]
+    pins = {req.name.lower(): req.specifier for req in map(Requirement, lines)}
+    for name, packages in PACKAGES.items():
+        for needed in map(Requirement, packages):
+            (version,) = {pin.version for pin in pins.get(needed.name.lower(), ())} or {None}
+            assert version is None or needed.specifier.contains(version), f"{name}: {needed}"
 
 
 def test_a_miniature_is_asked_for_by_a_variable(monkeypatch: pytest.MonkeyPatch) -> None:

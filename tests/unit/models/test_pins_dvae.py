@@ -225,6 +225,13 @@ def test_without_a_one_hot_layer_every_fan_in_counts() -> None:
         assert layers[0].weight.equal(torch.randn(2, 16, generator=own) / 4)
 
 
+def test_a_layer_of_one_output_has_the_fan_in_of_its_row() -> None:
+    layers = nn.Sequential(nn.Linear(16, 1))
+    init_fan_in(layers, 7)
+    own = torch.Generator().manual_seed(key_int(7, "0.weight", "init"))
+    assert layers[0].weight.equal(torch.randn(1, 16, generator=own) / 4)
+
+
 def test_first_weights_are_drawn_in_blocks_of_64_rows_by_name() -> None:
     """Rows 60..70 of a matrix; each block has its own Mersenne Twister."""
     part = Placement(shape=(130, 3), first=60, rows=10, split=True)

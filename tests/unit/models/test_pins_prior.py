@@ -16,6 +16,7 @@ from models.config import ClipConfig, DVAEConfig, PriorConfig
 from models.counts import attended_pairs, prior_flops, prior_parameters
 from models.prior import (
     PAD,
+    TABLES,
     PriorBlock,
     PriorEmbedding,
     PriorHead,
@@ -254,6 +255,20 @@ def test_a_stream_of_a_single_code_has_its_cost() -> None:
     """Length 1: 12 dim^2 + dim * 1."""
     one = prior_layers(_tiny(dim=8, heads=2, text_length=0, grid=1), 0)
     assert one[1].cost == 776
+
+
+def test_states_between_stages_are_a_tensor_rank_s_positions() -> None:
+    """Of 2 captions: 4 + 3 * 3 positions, whole or split over 13 ranks; tied tables are named."""
+    config = PriorConfig(dim=8, heads=2, text_length=4, grid=3)
+    batch = {"text": torch.zeros(2, 4, dtype=torch.long)}
+    split, whole = TensorParallel(), TensorParallel()
+    split.size = whole.size = 13
+    split.sequence = True
+    for tensor, positions in ((None, 13), (ALONE, 13), (whole, 13), (split, 1)):
+        state = prior_program(config, 0, tensor).state
+        assert state is not None and state(batch) == (2, positions, 8)
+    assert prior_program(config, 0).tied == ()
+    assert prior_program(replace(config, tied=True), 0).tied == TABLES
 
 
 def test_streams_of_up_to_128_positions_are_short() -> None:
