@@ -77,7 +77,12 @@ def _report(mutants: list[Mutant], chosen: Selection, verdicts: Verdicts) -> int
     decided = ((mutant, verdicts.get(mutant, chosen.of(mutant))) for mutant in mutants)
     for path, label in unlisted(all_mutants()):
         print(f"listed as equivalent, but it is not a mutant: {path}: {label}")
-    return tell({mutant: verdict.killer for mutant, verdict in decided if verdict is not None})
+    killers = {mutant: verdict.killer for mutant, verdict in decided if verdict is not None}
+    code = tell(killers)
+    if left := len(mutants) - len(killers):
+        print(f"{left} mutants have no verdict: the run ended before they were tried, see above")
+        return 2
+    return code
 
 
 def _try_patch(patch: Path, chosen: Selection) -> int:
