@@ -142,7 +142,7 @@ def test_failures_with_progress_between_them_are_forgiven(tmp_path: Path, fault:
 
 
 @pytest.mark.world
-@pytest.mark.parametrize("node", [False, True])
+@pytest.mark.parametrize("node", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_failures_at_one_step_are_the_end(tmp_path: Path, fault: Record, node: bool) -> None:
     fault(33, f"4 SIGKILLs at one step ({'a lost node' if node else 'the command'})")
     job = Job(tmp_path, work(tmp_path / "run", 10_000, 5000))

@@ -9,7 +9,7 @@ from tests.unit.workflow.test_own_pairs import PAIRS
 from workflow.own_pairs.sizes import SIZES, settings_of
 
 
-@pytest.mark.world
+@pytest.mark.slow
 def test_sizes_are_timed_until_one_is_too_slow() -> None:
     small = replace(SIZES[0], width=4, dim=24, heads=2, layers=1, codebook=16)
     sizes = [settings_of(size, PAIRS) for size in (small, replace(small, pixels=64), small)]

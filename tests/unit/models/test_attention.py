@@ -114,7 +114,7 @@ def test_each_shape_has_a_kernel_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     assert flex._compiled.__wrapped__() == (flex.flex_attention, {"dynamic": False})
 
 
-@pytest.mark.seconds
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])
 def test_flexible_attention_is_compiled_and_equals_the_dense_definition(kind: Kind) -> None:
     """Inductor compiles it (on a CPU only the forward pass). A GPU's kernel is compared elsewhere;

@@ -37,6 +37,7 @@ TOGETHER: dict[str, Value] = {
     "engine.name": "torch",
     "engine.schedule": "interleaved",
     "engine.virtual_stages": 2,
+    "engine.reduce_precision": "16-bit",
 }
 """Flags that need others; only a prior has tensor ranks and stages."""
 
