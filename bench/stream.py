@@ -92,7 +92,7 @@ def _trained(environment: dict[str, str]) -> float:
     shutil.rmtree(out, ignore_errors=True)
     flags = [
         "--model.layers=2",
-        "--loop.global-batch-size=8",
+        f"--loop.global-batch-size={sized(8, 2)}",
         f"--loop.steps={TRAINED}",
         "--loop.log-every=10",
     ]
