@@ -42,6 +42,7 @@ ORDER, BATCH = OrderConfig(lanes=16, shuffle_buffer=8), 64
 STEP_SECONDS, WAIT_STEPS = sized(0.05, 0.01), sized(2000, 20)
 TRAINED = sized(60, 20)
 """Steps of the training run."""
+SAMPLES_A_STEP = sized(8, 2)
 STALL_EVERY, STALL_SECONDS = 10.0, 2.0
 SAMPLES = sized(300, 6)
 STARTS = sized(3, 1)
@@ -92,7 +93,8 @@ def _trained(environment: dict[str, str]) -> float:
     shutil.rmtree(out, ignore_errors=True)
     flags = [
         "--model.layers=2",
-        f"--loop.global-batch-size={sized(8, 2)}",
+        f"--loop.global-batch-size={SAMPLES_A_STEP}",
+        f"--order.lanes={SAMPLES_A_STEP}",
         f"--loop.steps={TRAINED}",
         "--loop.log-every=10",
     ]
