@@ -1,7 +1,7 @@
 """Share of a step in which a pipeline's stages wait, beside what the schedule itself says.
 
 PP4: blocks that sleep a known time forward, for gradients of inputs and for those of weights, so
-that four stages do not share two cores. PP2: a prior's blocks, on a core each, forward and 1F1B or
+that four stages do not share two cores. PP2: a prior's blocks, on a core each, 1F1B or
 interleaved; what a schedule says is played with the passes' own measured times.
 """
 
@@ -150,7 +150,7 @@ def sleeping(each: Run, mesh: Mesh) -> Callable[[], list[float]]:
     program = Program(layers=layers, loss=_mean, losses=("loss",), state=lambda _: (1, WIDTH))
     chunks = chunks_of(program, each.engine, mesh)
     pipeline = Pipeline(program, chunks, [[] for _ in chunks], each.engine, mesh)
-    batches: list[Batch] = [{"x": torch.ones(1, WIDTH)} for _ in range(MICRO_BATCHES)]
+    batches: list[Batch] = [{"x": torch.ones(1, WIDTH, device="cpu")} for _ in range(MICRO_BATCHES)]
     slept = SECONDS * MICRO_BATCHES * SLEEPERS / each.stages
 
     def step() -> list[float]:
@@ -167,7 +167,10 @@ def working(each: Run, mesh: Mesh) -> Callable[[], list[float]]:
     draws = torch.Generator().manual_seed(SEED)
     shapes = {"text": MODEL.text_length, "image": MODEL.image_length}
     batches: list[Batch] = [
-        {name: torch.randint(0, 64, (1, n), generator=draws) for name, n in shapes.items()}
+        {
+            name: torch.randint(0, 64, (1, n), generator=draws, device="cpu")
+            for name, n in shapes.items()
+        }
         for _ in range(MICRO_BATCHES)
     ]
     spent = [0.0, 0.0]
@@ -205,7 +208,7 @@ def _mean(state: Any, _batch: Batch) -> Losses:
 class _Sleeper(nn.Module):
     def __init__(self) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(WIDTH))
+        self.weight = nn.Parameter(torch.zeros(WIDTH, device="cpu"))
 
     def forward(self, state: Any) -> Tensor:
         out: Tensor = _Sleep.apply(state["x"] if isinstance(state, dict) else state, self.weight)

@@ -26,7 +26,10 @@ def mean_gradients(case: Case, out: Path) -> dict[str, Tensor]:
     out.mkdir()
     payload = json.dumps({"case": asdict(case), "out": str(out)})
     launch(f"{__name__}:run", payload, case.mesh.world, [*PRELOAD, __name__])
-    whole = {n: torch.zeros(p.shape) for n, p in build_prior(MODEL, SEED).named_parameters()}
+    whole = {
+        n: torch.zeros(p.shape, device="cpu")
+        for n, p in build_prior(MODEL, SEED).named_parameters()
+    }
     names = set()
     for path in sorted(out.glob("*.safetensors")):
         for key, shard in load_file(path).items():
