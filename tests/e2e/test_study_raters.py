@@ -26,6 +26,8 @@ _PIXELS = """images => images.map(image => {
   context.drawImage(image, 0, 0);
   return Array.from(context.getImageData(0, 0, canvas.width, canvas.height).data);
 })"""
+_ARRIVED = """() =>
+  [...document.querySelectorAll("figure img")].every(image => image.naturalWidth > 0)"""
 Answers = dict[tuple[int, int, str], str]
 """(rater, trial, question) -> what was clicked first."""
 
@@ -49,6 +51,7 @@ def trial_of(page: Page) -> int:
 
 def seats_of(page: Page, rater: int) -> dict[str, str]:
     """What the rater answers, from the pixels on the screen."""
+    page.wait_for_function(_ARRIVED)  # before the page's script runs, its button is enabled
     expect(page.get_by_role("button", name="Next pictures")).to_be_enabled()
     left, right = (_rgb(row) for row in page.locator("figure img").evaluate_all(_PIXELS))
     if is_catch(left, right):
