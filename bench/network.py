@@ -26,7 +26,7 @@ HIDDEN = 1000.0
 SAMPLES = sized(16, 2)
 STEPS, ROUNDS = sized(2, 1), sized(4, 1)
 PAIRS = (("torch plain", "torch compressed"), ("torch plain 16", "torch compressed 16"))
-SWEPT = ("plain", "compressed", "torch plain", "torch compressed", "torch alone")
+SWEPT = ("plain", "compressed", "torch plain", "torch compressed", "torch alone", "torch local")
 HOOK = ("torch plain", "torch alone")
 PORTS = iter(range(29_700, 29_990))
 

@@ -2,7 +2,8 @@
 
 PP4: blocks that sleep a known time forward, for gradients of inputs and for those of weights, so
 that four stages do not share two cores. PP2: a prior's blocks, on a core each, 1F1B or
-interleaved; what a schedule says is played with the passes' own measured times.
+interleaved. What a schedule says is played with the measured seconds of each single pass, which
+vary on a CPU.
 """
 
 import json
@@ -34,7 +35,7 @@ from parallel.mesh import Mesh, build_mesh
 from parallel.pipelines.schedules import Schedule
 from parallel.tensor.halves import wants_input, wants_weights
 from parallel.world import join_world, leave_world
-from planning.estimate.overlapped.schedules import pipelined
+from planning.estimate.overlapped.schedules import Pass, order, play
 
 ROUNDS = sized(3, 1)
 MICRO_BATCHES = sized(8, 4)
@@ -109,22 +110,18 @@ def run() -> list[Row]:
 
 
 def _shares(each: Run, stages: list[list[float]]) -> tuple[float, float]:
-    """The bubble of the busiest stage: measured, and by the schedule; of (step, forward, backward)
-    seconds of each stage."""
-    forward, backward = ([row[i] for row in stages] for i in (1, 2))
-    busy = max(a + b for a, b in zip(forward, backward, strict=True))
-    played = pipelined(
-        each.schedule,
-        [seconds / MICRO_BATCHES for seconds in forward],
-        [seconds / MICRO_BATCHES for seconds in backward],
-        MICRO_BATCHES,
-        chunks=each.chunks,
-    )
-    return 1 - busy / max(row[0] for row in stages), played.bubble
+    """The bubble of the busiest stage: measured, and by the schedule; of each stage's seconds of
+    the step, and of its passes in their order."""
+
+    def seconds(stage: int, number: int, _one: Pass) -> float:
+        return stages[stage][1 + number]
+
+    played = play(each.schedule, each.stages, MICRO_BATCHES, each.chunks, seconds)
+    return 1 - played.busy / max(row[0] for row in stages), played.bubble
 
 
 def run_rank(payload: str) -> None:
-    """Writes (step, forward, backward) seconds of each round on this rank."""
+    """Writes seconds of the step and of each pass, by round, on this rank."""
     body = json.loads(payload)
     each = from_json(Run, body["run"])
     torch.set_num_threads(1)
@@ -151,11 +148,14 @@ def sleeping(each: Run, mesh: Mesh) -> Callable[[], list[float]]:
     chunks = chunks_of(program, each.engine, mesh)
     pipeline = Pipeline(program, chunks, [[] for _ in chunks], each.engine, mesh)
     batches: list[Batch] = [{"x": torch.ones(1, WIDTH, device="cpu")} for _ in range(MICRO_BATCHES)]
-    slept = SECONDS * MICRO_BATCHES * SLEEPERS / each.stages
+    slept = SECONDS * SLEEPERS / each.stages / each.chunks
+    both = 1 if each.schedule == "zero-bubble" else 2  # halves of a backward pass
+    passes = order(each.schedule, mesh.pipeline.rank, each.stages, MICRO_BATCHES, each.chunks)
+    spent = [slept if one.kind == "forward" else both * slept for one in passes]
 
     def step() -> list[float]:
         pipeline.run(batches)
-        return [slept, 2 * slept]
+        return spent
 
     return step
 
@@ -173,17 +173,17 @@ def working(each: Run, mesh: Mesh) -> Callable[[], list[float]]:
         }
         for _ in range(MICRO_BATCHES)
     ]
-    spent = [0.0, 0.0]
+    spent: list[float] = []
     for chunk in engine._pipeline._chunks:
-        chunk.forward = _timed(chunk.forward, spent, 0)
+        chunk.forward = _timed(chunk.forward, spent)
     engine._passes(batches)  # makes the schedule
     engine._forget()
     (schedule,) = engine._pipeline._schedules.values()
     for stage in getattr(schedule, "_stages", None) or [schedule._stage]:
-        stage.backward_one_chunk = _timed(stage.backward_one_chunk, spent, 1)
+        stage.backward_one_chunk = _timed(stage.backward_one_chunk, spent)
 
     def step() -> list[float]:
-        spent[:] = [0.0, 0.0]
+        spent.clear()
         engine._passes(batches)
         engine._forget()
         return list(spent)
@@ -191,11 +191,11 @@ def working(each: Run, mesh: Mesh) -> Callable[[], list[float]]:
     return step
 
 
-def _timed(function: Callable[..., Any], spent: list[float], place: int) -> Callable[..., Any]:
+def _timed(function: Callable[..., Any], spent: list[float]) -> Callable[..., Any]:
     def timed(*arguments: Any, **named: Any) -> Any:
         began = time.perf_counter()
         result = function(*arguments, **named)
-        spent[place] += time.perf_counter() - began
+        spent.append(time.perf_counter() - began)
         return result
 
     return timed

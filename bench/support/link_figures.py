@@ -54,8 +54,6 @@ class Figures:
     latency: float = 0.0
     break_even: float = 0.0
     """The advisor's."""
-    factors: float = 0.0
-    """Seconds that a step's factors take."""
     passes: list[Passes] = field(default_factory=list)
     units: dict[str, int] = field(default_factory=dict)
     """Bytes of each unit's gradient, in the order of the backward pass."""

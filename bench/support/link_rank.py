@@ -18,7 +18,7 @@ from bench.parity import SEED, batch_of
 from bench.support.link_figures import FLOAT, MODEL, RANK, Figures, Passes, Task
 from core.log import set_up_logging
 from models.prior import prior_program
-from parallel.compress.advisor import advise, measure_compute, measure_link
+from parallel.compress.advisor import advise, measure_link
 from parallel.compress.powersgd import MatrixShard
 from parallel.config import CompressConfig, EngineConfig, EngineName, MeshConfig, OptimConfig
 from parallel.engines.protocol import EngineSettings, Program
@@ -39,6 +39,8 @@ class Contender:
     reduces: Literal["fp32", "16-bit"] = "fp32"
     silent: bool = False
     """No gradient is reduced, to time the passes alone."""
+    local: bool = False
+    """Gradients are reduced over this rank alone, to time passes and factors without a link."""
 
 
 CONTENDERS = {
@@ -49,6 +51,7 @@ CONTENDERS = {
     "torch plain 16": Contender(reduces="16-bit"),
     "torch compressed 16": Contender(rank=RANK, payload="bf16", reduces="16-bit"),
     "torch alone": Contender(silent=True),
+    "torch local": Contender(rank=RANK, local=True),
 }
 
 
@@ -96,10 +99,9 @@ def _meshes(world: World) -> dict[str, Mesh]:
     """Replicas for the reference; for torch machines of one rank, which the flags refuse."""
     mesh = build_mesh(MeshConfig(data=world.size), world)
     alone = [dist.new_group([rank]) for rank in range(world.size)][world.rank]
-    return {
-        "reference": mesh,
-        "torch": replace(mesh, machine=Group(alone, 0, 1), between=mesh.data),
-    }
+    whole = replace(mesh, machine=Group(alone, 0, 1), between=mesh.data)
+    own = replace(whole, between=Group(alone, 0, 2))  # of one machine nothing would be reduced
+    return {"reference": mesh, "torch": whole, "local": own}
 
 
 def _engine(contender: Contender, program: Program, meshes: dict[str, Mesh]) -> Any:
@@ -109,7 +111,8 @@ def _engine(contender: Contender, program: Program, meshes: dict[str, Mesh]) -> 
         compress=CompressConfig(rank=contender.rank, payload=contender.payload),
         seed=0,
     )
-    engine = build_engine(program, settings, meshes[contender.engine])
+    mesh = meshes["local" if contender.local else contender.engine]
+    engine = build_engine(program, settings, mesh)
     if contender.silent:
         engine._buckets._start = lambda unit, known: None
     return engine
@@ -156,7 +159,7 @@ def _reduce_alone(units: dict[str, int], world: World) -> float:
 
 
 def _advise(figures: Figures, program: Program, mesh: Mesh) -> None:
-    """Fill in the link, the cost of factors, and the advisor's break-even."""
+    """Fill in the link and the advisor's break-even."""
     named = [(f"{x.name}.{n}", p) for x in program.layers for n, p in x.build().named_parameters()]
     shards = [
         MatrixShard(name=n, rows=placement_of(p).rows, columns=p.shape[1])
@@ -171,7 +174,6 @@ def _advise(figures: Figures, program: Program, mesh: Mesh) -> None:
     advice = advise(shards, others, 1, link, [RANK / MODEL.dim], device)[0]
     figures.bandwidth, figures.latency = link.bandwidth, link.latency
     figures.break_even = advice.break_even
-    figures.factors = measure_compute(shards, RANK, device)
     for shard in shards:
         unit = shard.name.partition(".")[0]
         saved = shard.rows * shard.columns - RANK * (shard.rows + shard.columns)

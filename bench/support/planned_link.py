@@ -39,8 +39,8 @@ def _gained(figures: Figures, bandwidth: float) -> float:
 
     plain = {name: sent(count, 1) for name, count in figures.units.items()}
     compressed = plain | {name: sent(count, 2) for name, count in figures.factored.items()}
-    each = figures.factors / len(figures.factored)
-    factors = dict.fromkeys(figures.factored, each)
+    local, alone = (statistics.median(figures.seconds[n]) for n in ("torch local", "torch alone"))
+    factors = dict.fromkeys(figures.factored, (local - alone) / len(figures.factored))
     return _seconds(figures, plain) - _seconds(figures, compressed, factors)
 
 

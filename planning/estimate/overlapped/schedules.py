@@ -4,7 +4,7 @@ As torch.distributed.pipelining runs them; DeepSpeed's blocking one is in
 planning/estimate/pipeline_schedule.py.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
@@ -74,9 +74,25 @@ def _play(
     chunks: int,
     transfer: float,
 ) -> Pipelined:
-    stages = len(forward)
-    orders = [list(order(schedule, s, stages, micro_batches, chunks)) for s in range(stages)]
     halves = 2 if schedule == "zero-bubble" else 1
+
+    def seconds(stage: int, _number: int, one: Pass) -> float:
+        whole = forward[stage] if one.kind == "forward" else backward[stage] / halves
+        return whole / chunks
+
+    return play(schedule, len(forward), micro_batches, chunks, seconds, transfer)
+
+
+def play(
+    schedule: Schedule,
+    stages: int,
+    micro_batches: int,
+    chunks: int,
+    seconds: Callable[[int, int, Pass], float],
+    transfer: float = 0.0,
+) -> Pipelined:
+    """Play a step; `seconds` of a stage, the number of a pass in its order, and the pass."""
+    orders = [list(order(schedule, s, stages, micro_batches, chunks)) for s in range(stages)]
     clock, busy, at = [0.0] * stages, [0.0] * stages, [0] * stages
     done: dict[tuple[Kind, int, int], float] = {}
     waiting = True
@@ -89,9 +105,9 @@ def _play(
                 ready = _ready(one, place, stages * chunks - 1, done, transfer)
                 if ready < 0:
                     break
-                each = forward[stage] if one.kind == "forward" else backward[stage] / halves
-                clock[stage] = max(clock[stage], ready) + each / chunks
-                busy[stage] += each / chunks
+                each = seconds(stage, at[stage], one)
+                clock[stage] = max(clock[stage], ready) + each
+                busy[stage] += each
                 done[one.kind, place, one.micro] = clock[stage]
                 at[stage] += 1
                 waiting = True

@@ -10,7 +10,9 @@ MEGA = 1_000_000
 
 def _figures(backward: dict[str, float], forward: float = 0.0, **others: object) -> Figures:
     passes = [Passes(forward=forward, backward=backward)]
-    return Figures(seconds={}, sent={}, passes=passes, **others)  # type: ignore[arg-type]
+    seconds = {"torch alone": [2.0], "torch local": [3.0]}
+    """A second of factors."""
+    return Figures(seconds=seconds, sent={}, passes=passes, **others)  # type: ignore[arg-type]
 
 
 def test_the_last_of_three_reductions_is_exposed() -> None:
@@ -36,7 +38,6 @@ def test_compression_pays_while_the_link_is_slower(latency: float, expected: flo
         {"block": 0.0},
         units={"block": 100 * MEGA},
         factored={"block": 20 * MEGA},
-        factors=1.0,
         latency=latency,
     )
     assert break_even(figures) == pytest.approx(expected)
@@ -48,6 +49,5 @@ def test_factors_are_made_a_pass_after_their_gradient() -> None:
         {"head": 0.0, "block": 2.0},
         units={"head": 4 * MEGA, "block": 4 * MEGA},
         factored={"head": 2 * MEGA},
-        factors=1.0,
     )
     assert break_even(figures) == pytest.approx(2 / 3 * MEGA)
