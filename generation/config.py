@@ -11,6 +11,8 @@ from parallel.config import MeshConfig
 
 _LEAST_TEMPERATURE, _MOST_GUIDANCE = 0.001, 100
 """Beyond them, logits overflow."""
+_TOGETHER, _FEW_ROWS, _MOST_GUESSES = 8, 8, 63
+"""Codes of a pass for few rows; what few rows are; the largest --speculate."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +94,9 @@ class SampleConfig(DrawSettings):
         few = min(self.candidates, self.batch) < 1
         return ["candidates and batch must be at least 1"] * few + self._out_of_range()
 
-    def one_row(self, captions: int) -> bool:
-        """True if the prior decodes one row at a time: one candidate, without guidance."""
-        return min(self.batch, captions * self.candidates) == 1 and self.guidance == 1
+    def rows(self, captions: int) -> int:
+        """Rows that the prior decodes together, at most: with guidance two a candidate."""
+        return min(self.batch, captions * self.candidates) * (1 if self.guidance == 1 else 2)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,10 +218,21 @@ class SampleRun:
     """Image prompt, and which of its tokens are kept."""
     draw: SampleConfig = field(default_factory=SampleConfig)
     """How candidates are drawn."""
+    speculate: int | Literal["auto"] = "auto"
+    """Codes after the next one that are guessed and checked in the same pass (speculative
+    decoding): fewer passes, in fp32 the same pictures. 0 = none; auto = 7 for at most 8 rows on one
+    CPU rank, else none."""
 
     @property
     def mesh(self) -> MeshConfig:
         return MeshConfig(tensor=self.tensor, pipeline=self.pipeline)
+
+    def together(self, captions: int, device: str) -> int:
+        """Codes of a candidate that are decoded in one pass on a kind of device."""
+        if self.speculate != "auto":
+            return 1 + self.speculate
+        rows = self.draw.rows(captions)
+        return _TOGETHER if rows <= _FEW_ROWS and device == "cpu" and self.mesh.world == 1 else 1
 
     def problems(self) -> list[str]:
         problems = [*self.draw.problems(), *self.keep.problems()]
@@ -235,6 +248,10 @@ class SampleRun:
             problems.append("--follow draws from all checkpoints; leave out --step and --pictures")
         if min(self.tensor, self.pipeline) < 1:
             problems.append("tensor and pipeline must be at least 1")
+        if self.speculate != "auto" and not 0 <= self.speculate <= _MOST_GUESSES:
+            problems.append(f"speculate={self.speculate} must be auto, or 0 to {_MOST_GUESSES}")
+        if self.speculate not in ("auto", 0) and self.pipeline > 1:
+            problems.append("--speculate needs a prior in one stage: leave out --pipeline")
         return problems
 
 

@@ -126,7 +126,8 @@ def _sample(run: SampleRun, mesh: Mesh) -> None:
         run.models.paths,
         run.draw.precision,
         mesh,
-        one_row=run.draw.one_row(len(captions)),
+        one_row=run.draw.rows(len(captions)) == 1,
+        together=run.together(len(captions), mesh.world.device.type),
         rerank=run.rerank,
         batch=run.draw.batch,
     )

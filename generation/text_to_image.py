@@ -27,6 +27,7 @@ from generation.ranking import Ranker, TapirRanker, in_parts, open_ranker, pictu
 from generation.sampling.decoder import Decoder
 from generation.sampling.load_prior import load_local_prior
 from generation.sampling.sampler import Drawn, Keys, Prompt, Sampler
+from generation.sampling.speculative import SpeculativeSampler
 from models.tokenizers.protocol import ImageTokenizer
 from parallel.mesh import Mesh
 from parallel.precision import set_numerics
@@ -228,6 +229,7 @@ def open_studio(
     precision: str = "fp32",
     mesh: Mesh | None = None,
     one_row: bool = False,
+    together: int = 1,
     rerank: bool = True,
     batch: int = BATCH,
 ) -> Studio:
@@ -235,8 +237,8 @@ def open_studio(
 
     Of an unfinished run the newest checkpoint is loaded; of a prior that of `models.step` if set.
     Each rank of a mesh holds its part of the prior on its own device; all call `codes` together.
-    `one_row`: candidates are drawn one at a time; `rerank`: open a CLIP; `batch`: candidates that
-    are decoded together.
+    `one_row`: candidates are drawn one at a time; `together`: codes of a candidate that a pass
+    decodes; `rerank`: open a CLIP; `batch`: candidates that are decoded together.
     Raises: InputError if a hash differs.
     """
     mesh = mesh or Mesh()
@@ -257,8 +259,9 @@ def open_studio(
     if any(wrong):
         raise InputError("; ".join(text for text in wrong if text))
     side = images.facts.pixels
+    decoder = Decoder(part, precision, one_row and together == 1, together)
     return Studio(
-        sampler=Sampler(Decoder(part, precision, one_row), batch=batch),
+        sampler=(Sampler if together == 1 else SpeculativeSampler)(decoder, batch=batch),
         images=images,
         ranker=open_ranker(models.clip, models.bpe, device, side) if rerank else None,
         tokenizer=tokenizer,

@@ -14,7 +14,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 from core.errors import InputError
 from data_pipeline.images.crops import square
 from data_pipeline.images.decode import decode_rgb
-from generation.sampling.mask_tokens import redrawn_tokens
+from generation.mask_tokens import redrawn_tokens
 from serving.ranks.group import JobError
 from serving.ranks.messages import ModelFacts
 from serving.requests import bad_request

@@ -20,7 +20,6 @@ from generation.sampling.kv_cache import (
     Lane,
     LayerCache,
     RowPositions,
-    reads_of,
 )
 from generation.sampling.packed_linear import PackedLinear
 from generation.sampling.pipeline import Leader, Neighbours
@@ -51,8 +50,13 @@ class LocalPrior:
 class Decoder:
     """This rank's layers, packed; all ranks of a model call the same methods together."""
 
-    def __init__(self, part: LocalPrior, precision: str = "fp32", one_row: bool = False) -> None:
-        """`one_row`: lay out a CPU's weights and caches for one candidate at a time."""
+    def __init__(
+        self, part: LocalPrior, precision: str = "fp32", one_row: bool = False, together: int = 1
+    ) -> None:
+        """`one_row`: lay out a CPU's weights and caches for one candidate at a time.
+
+        `together`: most positions of a candidate that `next` decodes in one pass.
+        """
         self.config, self.neighbours, self._tensor = part.config, part.neighbours, part.tensor
         self.least, self.lead = part.least, part.lead
         modules, config = list(part.layers.values()), part.config
@@ -86,10 +90,10 @@ class Decoder:
             kinds=tuple(block.kind for block in self._blocks),
             heads=self._blocks[0].heads if self._blocks else 0,
             dtype=torch.float32 if one_row else dtype,
+            together=together,
         )
-        self._reads = {
-            kind: reads_of(kind, *config.mask[1:]).to(self.device) for kind in self.caches.kinds
-        }
+        kinds = self.caches.kinds
+        self._reads = {kind: self.caches.reads(kind).to(self.device) for kind in kinds}
         self._positions = torch.arange(config.image_length, device=self.device)
         self._turns = turns_of(config, self.device)
         self._compiled: Any = None
@@ -139,14 +143,14 @@ class Decoder:
         """Logits of the code at an image position, on the last stage; None on the others.
 
         `position`: of all rows, or (rows,) int64 on the device, of each in a lane with one
-        candidate a caption.
-        Shapes: before (rows,) the codes one position earlier (unused at position 0) ->
-        (rows, codes).
+        candidate a caption, or (rows, n): n consecutive ones of each.
+        Shapes: before (rows,) or (rows, n), the codes one position earlier (unused at position 0)
+        -> (rows, codes) or (rows * n, codes).
         """
         if self._embedding is not None:
             x = self._embed(position, before)
         else:
-            x = self.neighbours.receive((lane.rows, self.config.dim), self.device)
+            x = self.neighbours.receive((before.numel(), self.config.dim), self.device)
         return self._exit(self._step(x, lane, position), self._head)
 
     @torch.no_grad()
@@ -180,8 +184,9 @@ class Decoder:
         return logits[:, : self.config.image_vocabulary]
 
     def _embed(self, position: int | Tensor, before: Tensor) -> Tensor:
-        embedding = self._embedding
+        embedding, before = self._embedding, before.flatten()
         assert embedding is not None
+        position = position.flatten() if isinstance(position, Tensor) else position
         start = embedding.start.weight[1].expand(len(before), -1)
         token: Tensor = start
         if isinstance(position, Tensor):
@@ -207,19 +212,19 @@ class Decoder:
         return states
 
     def _run(self, x: Tensor, caches: Sequence[LayerCache], at: Tensor) -> Tensor:
-        """One step with the same shapes at every position; `at` is (1,) or (rows,), on the device.
+        """One step with the same shapes at every position; `at` is (1,), (rows,) or (rows, n).
 
         As a CUDA graph needs, only x and `at` change their address between steps of a lane.
         """
         places: dict[Kind, CachePosition | RowPositions] = {}
         for kind, reads in self._reads.items():
-            together = len(at) < len(x) or len(x) == 1
+            shared = at.numel() < len(x) or len(x) == 1
             places[kind] = (
                 reads.cache_position_at(at)
-                if together
+                if shared
                 else reads.row_positions(at, self.caches.heads)
             )
-        return self._through(x, caches, places, self._turns_at(at))
+        return self._through(x, caches, places, self._turns_at(at.flatten()))
 
     def _through(
         self,

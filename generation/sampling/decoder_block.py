@@ -82,24 +82,32 @@ class DecoderBlock:
         place: CachePosition | RowPositions,
         turns: Turns | None,
     ) -> Tensor:
-        """Run one image position of every candidate; x is (rows, dim).
+        """Run one image position, or some consecutive ones, of every candidate.
 
         `turns` are those of the position or of each row's, (1 or rows, 1, D / 2) each, if queries
         and keys are rotated.
+        Shapes: x is (rows, dim), a row for each position of a candidate.
         """
         rows, captions, width = len(x), len(cache.text_keys), self._width
         heads = cache.text_keys.shape[1]
+        candidates = len(cache.keys) // heads
+        shape = candidates, rows // candidates, heads, width
         q, k, v = self._qkv(self._normalized(x, 0)).view(rows, 3, heads, width).unbind(1)
         q, k = self._positioned(q, k, turns)
+
+        def by_head(each: Tensor) -> Tensor:
+            return each.reshape(shape).transpose(1, 2).flatten(0, 1)
+
         for store, new in ((cache.keys, k), (cache.values, v)):
-            place.write(store, new.reshape(rows * heads, 1, width))
+            place.write(store, by_head(new))
         keys, values = (place.read(store) for store in (cache.keys, cache.values))
-        image_logits = torch.bmm(q.reshape(rows * heads, 1, width), keys.transpose(1, 2))
+        image_logits = torch.bmm(by_head(q), keys.transpose(1, 2))
+        image_logits = image_logits.view(candidates, heads, -1, keys.shape[1]).transpose(1, 2)
         shared = q.view(captions, -1, heads, width).transpose(1, 2)
         text_logits = torch.matmul(shared, cache.text_keys.transpose(2, 3))
         text = text_logits.shape[3]
         text_logits = text_logits.transpose(1, 2).reshape(rows, heads, text)
-        logits = torch.cat([text_logits, image_logits.view(rows, heads, -1)], 2)
+        logits = torch.cat([text_logits, image_logits.reshape(rows, heads, -1)], 2)
         logits = logits.float() * width**-0.5
         if place.bias is not None:
             logits[..., text:] += place.bias
@@ -107,8 +115,9 @@ class DecoderBlock:
         text_probs = probs[..., :text].reshape(captions, -1, heads, text).transpose(1, 2)
         out = torch.matmul(text_probs, cache.text_values).transpose(1, 2)
         out = out.reshape(rows, heads, width)
-        image_probs = probs[..., text:].reshape(rows * heads, 1, -1)
-        out = out + torch.bmm(image_probs, values).view(rows, heads, width)
+        image_probs = probs[..., text:].reshape(*shape[:3], -1).transpose(1, 2).flatten(0, 1)
+        seen = torch.bmm(image_probs, values).view(candidates, heads, -1, width).transpose(1, 2)
+        out = out + seen.reshape(rows, heads, width)
         return self._after(x, out.flatten(1))
 
     def _whole(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -43,14 +43,14 @@ class CachePosition(NamedTuple):
 
 
 class RowPositions(NamedTuple):
-    """`CachePosition` with an image position of each row's own."""
+    """`CachePosition` with an image position of each row's own, or several consecutive ones."""
 
     slot: Tensor
-    """(rows * heads,) int64: in the flat store."""
+    """(rows * heads * n,) int64: in the flat store; n positions a row."""
     reads: Tensor | None
     """(rows * heads * w,) int64: slots in the flat store; None: all slots of the row."""
     bias: Tensor
-    """(rows, 1, w): 0, or minus infinity for slots that a row does not read."""
+    """(rows * n, 1, w): 0, or minus infinity for slots that a position does not read."""
 
     def write(self, store: Tensor, new: Tensor) -> None:
         """As `CachePosition.write`."""
@@ -109,10 +109,16 @@ class Reads:
     def row_positions(self, at: Tensor, heads: int) -> RowPositions:
         """The slots of rows at different positions, with one shape for all positions.
 
-        Slots are gathered, unless a position reads so many of them that a copy costs more.
-        Shapes: at (rows,) int64, on the device.
+        Slots are gathered, unless a position reads so many of them that a copy costs more, or each
+        row has several positions.
+        Shapes: at (rows,) or (rows, n) int64, on the device.
         """
         first = torch.arange(len(at) * heads, device=at.device) * self.slots
+        if at.dim() > 1:
+            assert self.slot_bias is not None, "slots for one position at a time"
+            own = self.slot[at].repeat_interleave(heads, 0)
+            bias = self.slot_bias.index_select(0, at.flatten())[:, None]
+            return RowPositions((first[:, None] + own).flatten(), None, bias)
         slot = first + self.slot.index_select(0, at).repeat_interleave(heads)
         if self.slot_bias is not None:
             return RowPositions(slot, None, self.slot_bias.index_select(0, at)[:, None])
@@ -125,11 +131,14 @@ class Reads:
 
 
 @lru_cache(maxsize=16)
-def reads_of(kind: Kind, grid: int, conv_kernel: int, columns: int = 0) -> Reads:
-    """Assign slots to the positions of a mask."""
+def reads_of(kind: Kind, grid: int, conv_kernel: int, columns: int = 0, together: int = 1) -> Reads:
+    """Assign slots to the positions of a mask.
+
+    `together`: consecutive positions that are written before the first of them reads.
+    """
     mask = image_mask(kind, grid, conv_kernel, columns)
     until = [int(column.nonzero()[-1]) for column in mask.T]
-    slots = _slots(until)
+    slots = _slots([last + together - 1 for last in until])
     slot = torch.tensor(slots, device=_HERE)
     counts = mask.sum(1).tolist()
     index = torch.zeros(len(mask), max(counts), dtype=torch.int64, device=_HERE)
@@ -146,7 +155,7 @@ def reads_of(kind: Kind, grid: int, conv_kernel: int, columns: int = 0) -> Reads
         index=index,
         counts=counts,
         bias=bias,
-        slot_bias=slot_bias if max(slots) + 1 <= _DENSE * max(counts) else None,
+        slot_bias=slot_bias if together > 1 or max(slots) < _DENSE * max(counts) else None,
     )
 
 
@@ -255,6 +264,12 @@ class CacheShape:
     heads: int
     """Attention heads of this rank."""
     dtype: torch.dtype
+    together: int = 1
+    """Most consecutive positions of a row that are decoded in one pass."""
+
+    def reads(self, kind: Kind) -> Reads:
+        """The slots of a kind of layer."""
+        return reads_of(kind, *self.config.mask[1:], together=self.together)
 
     def lane(self, captions: int, each: int, device: torch.device) -> Lane:
         """Allocate empty caches for `each` candidates of every caption."""
@@ -266,7 +281,7 @@ class CacheShape:
             return torch.zeros(*shape, width, dtype=self.dtype, device=device)
 
         for kind in self.kinds:
-            slots = reads_of(kind, *config.mask[1:]).slots
+            slots = self.reads(kind).slots
             text, image = (captions, heads, config.text_length), (lane.rows * heads, slots)
             block = LayerCache(
                 text_keys=new(*text), text_values=new(*text), keys=new(*image), values=new(*image)

@@ -16,7 +16,7 @@ from torch import Tensor
 from core.errors import ConfigError, InputError
 from data_pipeline.images.decode import decode_rgb
 from generation.config import PromptConfig
-from generation.sampling.mask_tokens import redrawn_tokens
+from generation.mask_tokens import redrawn_tokens
 from generation.sampling.sampler import Prompt
 
 _RECTANGLE = re.compile(r"(\d*):(\d*),(\d*):(\d*)")

@@ -120,15 +120,21 @@ class Sampler:
     ) -> Tensor | None:
         """Codes of a batch, (captions, candidates, image_length); None if memory ran out."""
         try:
-            lanes = [
-                _Lane(self.decoder, text, part, settings, prompt)
-                for part in _split(keys, self.decoder.neighbours.size)
-            ]
-            return torch.cat(_decode(lanes, self.config.image_length), 1).cpu()
+            return self._decoded(text, keys, settings, prompt).cpu()
         except (MemoryError, RuntimeError) as error:
             if not no_memory(error):
                 raise
             return None  # the caches are gone with this frame
+
+    def _decoded(
+        self, text: Tensor, keys: Keys, settings: DrawSettings, prompt: Prompt | None
+    ) -> Tensor:
+        """Codes of a batch that fits, (captions, candidates, image_length)."""
+        lanes = [
+            SampledLane(self.decoder, text, part, settings, prompt)
+            for part in _split(keys, self.decoder.neighbours.size)
+        ]
+        return torch.cat(_decode(lanes, self.config.image_length), 1)
 
 
 def _split(keys: Keys, lanes: int) -> list[Keys]:
@@ -138,7 +144,7 @@ def _split(keys: Keys, lanes: int) -> list[Keys]:
     return [[row[a:b] for row in keys] for a, b in pairwise(bounds) if a < b]
 
 
-def _decode(lanes: "list[_Lane]", length: int) -> list[Tensor]:
+def _decode(lanes: "list[SampledLane]", length: int) -> list[Tensor]:
     for position in range(length):
         for lane in lanes:
             lane.advance(position)
@@ -196,7 +202,7 @@ def redraw(
     return decoder.neighbours.share(drawn).wait()[0]
 
 
-class _Lane:
+class SampledLane:
     """Candidates that are decoded together."""
 
     def __init__(
@@ -260,6 +266,9 @@ class _Lane:
         codes = shared.wait()
         self._codes[:, position] = codes
         for row in (codes == UNSURE).nonzero().flatten().tolist():
-            text, image = self._text[row // self._each], self._codes[row, : position + 1]
-            key = self._keys[row : row + 1]
-            self._codes[row, position] = redraw(self._decoder, text, image, key, self._settings)
+            self._redraw(row, position)
+
+    def _redraw(self, row: int, position: int) -> None:
+        text, image = self._text[row // self._each], self._codes[row, : position + 1]
+        key = self._keys[row : row + 1]
+        self._codes[row, position] = redraw(self._decoder, text, image, key, self._settings)

@@ -116,7 +116,7 @@ def draw_set(place: str, captions: list[str], config: SampleConfig) -> list[Rgb]
         models,
         config.precision,
         own_mesh(),
-        one_row=config.one_row(len(captions)),
+        one_row=config.rows(len(captions)) == 1,
         rerank=rerank,
         batch=config.batch,
     )

@@ -15,6 +15,7 @@ from generation.sampling.batches import Need
 from generation.sampling.decoder import Decoder
 from generation.sampling.load_prior import load_local_prior
 from generation.sampling.sampler import Sampler
+from generation.sampling.speculative import SpeculativeSampler
 from models.config import PriorConfig
 from parallel.config import MeshConfig
 from parallel.mesh import Mesh, build_mesh
@@ -42,9 +43,10 @@ def write_prior(folder: Path, config: PriorConfig) -> nn.ModuleDict:
 
 def draws(decoder: Decoder, settings: DrawSettings, free: float = 1e12) -> list[Any]:
     """Codes of 3 captions with 4 candidates each, given `free` bytes of memory."""
+    kind = Sampler if decoder.caches.together == 1 else SpeculativeSampler
     keys = [[(7, f"caption {i}", j) for j in range(4)] for i in range(3)]
     codes = torch.full((3, 4, CONFIG.image_length), -1)
-    sampler = Sampler(decoder, lambda device: int(free))
+    sampler = kind(decoder, lambda device: int(free))
     for drawn in sampler.draw(prior_batch()["text"], keys, settings):
         codes[drawn.captions, drawn.candidates] = drawn.codes
     return codes.tolist()
@@ -105,3 +107,22 @@ def test_a_sharded_prior_decodes_the_logits_of_one_process(tmp_path: Path) -> No
         one = Decoder(load_local_prior(folder, None, Mesh())[0])
         expected = [draws(one, DrawSettings(temperature=0.0)), draws(one, GUIDED)]
         assert all(rank[i][1:] == expected for rank in ranks)
+
+
+def speculate(payload: str) -> None:
+    """A rank: draws with guesses, with its part of a prior."""
+    body = json.loads(payload)
+    world = join_world()
+    mesh = build_mesh(MeshConfig(tensor=world.size), world)
+    part = load_local_prior(Path(body["prior"]), None, mesh)[0]
+    results = draws(Decoder(part, together=5), GUIDED)
+    Path(body["out"], f"result-{world.rank}.json").write_text(json.dumps(results))
+    leave_world(world)
+
+
+@pytest.mark.world
+def test_tensor_ranks_check_the_same_guesses(tmp_path: Path) -> None:
+    write_prior(tmp_path / "prior", MODERN)
+    expected = draws(Decoder(load_local_prior(tmp_path / "prior", None, Mesh())[0]), GUIDED)
+    body = {"prior": str(tmp_path / "prior"), "out": str(tmp_path)}
+    assert run_world(f"{__name__}:speculate", body, 2) == [expected, expected]

@@ -18,7 +18,7 @@ from generation.evaluation import accuracy
 from generation.evaluation.suites import panels
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.pipeline import Pipeline
-from generation.sampling.sampler import Prompt, Sampler, _Lane
+from generation.sampling.sampler import Prompt, SampledLane, Sampler
 from parallel.engines.protocol import Recomputed
 from parallel.mesh import Group
 from tests.forked import forked_ranks
@@ -164,7 +164,7 @@ def test_the_given_codes_are_those_of_each_caption(
     monkeypatch.setattr(decoder, "start", lambda text, codes, each: given.append((codes, each)))
     prompt = Prompt(codes=batch["image"], kept=torch.tensor([True] * 3 + [False] * 13))
     keys = [[(1, "a", i) for i in range(2)]] * 3
-    _Lane(decoder, batch["text"], cast(Any, keys), DrawSettings(guidance=guidance), prompt)
+    SampledLane(decoder, batch["text"], cast(Any, keys), DrawSettings(guidance=guidance), prompt)
     assert [(codes.tolist(), each) for codes, each in given] == [
         (batch["image"][:, :3].tolist() * times, 2)
     ]

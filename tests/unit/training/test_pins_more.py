@@ -17,7 +17,7 @@ from data_pipeline.streaming.readable import ReadablePairs
 from generation.config import DrawSettings
 from generation.sampling.decoder import Decoder, LocalPrior
 from generation.sampling.kv_cache import Lane
-from generation.sampling.sampler import Prompt, Sampler, _Lane, with_empty
+from generation.sampling.sampler import Prompt, SampledLane, Sampler, with_empty
 from models import code_encoder as codes
 from models import initialization as draws
 from models import keyed_noise as noise
@@ -309,7 +309,7 @@ def test_a_lane_starts_from_what_is_given() -> None:
     batch, kept = prior_batch(), torch.tensor([True] * 3 + [False] * 10 + [True] * 3)
     prompt = Prompt(codes=batch["image"][0], kept=kept)
     keys = [[(1, "a", i) for i in range(2)]] * 3
-    lane = _Lane(decoder, batch["text"], cast(Any, keys), DrawSettings(guidance=2.0), prompt)
+    lane = SampledLane(decoder, batch["text"], cast(Any, keys), DrawSettings(guidance=2.0), prompt)
     assert (lane._first, lane._end, lane._captions, lane._each) == (3, 13, 3, 2)
     assert isinstance(lane._lane, Lane) and (lane._lane.captions, lane._lane.each) == (6, 2)
     assert lane._codes.tolist() == [(prompt.codes * kept).tolist()] * 6
