@@ -122,7 +122,7 @@ def test_auto_is_for_few_rows_of_one_cpu_rank() -> None:
     ],
 )
 def test_what_cannot_be_guessed_is_refused(changes: dict[str, Any], problem: str) -> None:
-    (found,) = SampleRun(captions=("a",), **changes).problems()
-    assert problem in found
+    (told,) = SampleRun(captions=("a",), **changes).problems()
+    assert problem in told
     for fine in ({"speculate": 0, "pipeline": 2}, {"pipeline": 2}, {"speculate": 63}):
         assert not SampleRun(captions=("a",), **fine).problems()
