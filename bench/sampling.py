@@ -24,7 +24,6 @@ from generation.config import DrawSettings
 from generation.sampling.decoder import DTYPES, Decoder, LocalPrior
 from generation.sampling.sampler import Keys, Sampler
 from models.attention.masks import full_mask, layer_kind
-from models.code_encoder import Precision
 from models.config import PriorConfig
 from models.prior import PriorBlock, PriorEmbedding, PriorHead, build_prior
 
@@ -38,7 +37,7 @@ CONFIG = PriorConfig(
     grid=sized(16, 4),
 )
 BATCHES = sized((1, 8, 64), (1, 2))
-PRECISIONS: tuple[Precision, ...] = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "int8")
 ROUNDS = sized(3, 1)
 PLAIN_AT = sized((0, 63, 127, 191, 255), (0, 15))
 """Positions at which the plain definition is timed: its cost grows evenly between them."""
@@ -59,7 +58,7 @@ def run() -> list[dict[str, Any]]:
 
 
 def _rows(
-    layers: nn.ModuleDict, decoders: dict[int, Decoder], precision: Precision
+    layers: nn.ModuleDict, decoders: dict[int, Decoder], precision: str
 ) -> list[dict[str, Any]]:
     seconds: dict[str, list[float]] = {}
     for _ in range(ROUNDS):
@@ -129,7 +128,7 @@ def _plain(layers: nn.ModuleDict, precision: str, growing: bool) -> float:
     masks = [full_mask(kind, CONFIG.text_length, CONFIG.grid, CONFIG.conv_kernel) for kind in kinds]
 
     def logits(position: int) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision != "fp32"):
             if not growing:
                 state: Any = {"text": text, "image": image}
                 for layer in layers.values():

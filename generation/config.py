@@ -81,9 +81,9 @@ class SampleConfig(DrawSettings):
 
     batch: int = BATCH
     """Candidates decoded together."""
-    precision: Literal["fp32", "bf16"] = "fp32"
+    precision: Literal["fp32", "bf16", "int8"] = "fp32"
     """Of the prior's matmuls. In fp32 a seed gives the same picture in every batch; bf16 is faster
-    and may give another one."""
+    and may give another one; int8: weights in 8 bits, half of the reads again."""
 
     @property
     def draws(self) -> DrawSettings:

@@ -70,8 +70,9 @@ class ServeConfig:
     rows: int = 16
     """Rows decoded together; a candidate takes one, with guidance two, so that priors trained for
     guidance need two."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Of the prior's matmuls. In fp32 a key gives the same picture in every batch."""
+    precision: Literal["fp32", "bf16", "int8"] = "fp32"
+    """Of the prior's matmuls. In fp32 a key gives the same picture in every batch; int8: weights
+    in 8 bits."""
     tensor: int = 1
     """Tensor-parallel ranks of each prior."""
     pipeline: int = 1

@@ -29,7 +29,8 @@ from models.config import PriorConfig
 from models.prior import PriorBlock, PriorEmbedding, PriorHead
 from parallel.tensor.ops import TensorParallel
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
+"""Of a decoder's activations, by its precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,6 +83,7 @@ class Decoder:
                 part.tensor,
                 dtype=dtype,
                 one_row=one_row,
+                eight=precision == "int8",
             )
             for name, module in blocks
         ]

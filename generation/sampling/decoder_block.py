@@ -28,6 +28,7 @@ class DecoderBlock:
         *,
         dtype: torch.dtype,
         one_row: bool,
+        eight: bool = False,
     ) -> None:
         """`number` counts the prior's layers from 1; `tensor`: the ranks that share the block."""
         self.kind = layer_kind(number, config.layers)
@@ -39,7 +40,7 @@ class DecoderBlock:
         assert q.bias is not None and v.bias is not None
         weight = torch.cat([q.weight, k.weight, v.weight])
         bias = torch.cat([q.bias, torch.zeros_like(q.bias), v.bias])
-        packed = partial(PackedLinear, dtype=dtype, one_row=one_row)
+        packed = partial(PackedLinear, dtype=dtype, one_row=one_row, eight=eight)
         self._qkv = packed(weight, bias)
         self._head_norms = block.q_norm, block.k_norm
         self._gated = block.gate is not None
