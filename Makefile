@@ -20,6 +20,9 @@ DOCS_STAMP := $(VENV)/.installed-docs
 SYSTEM := npm:npm ip:iproute2 /usr/share/wordnet/data.noun:wordnet-base \
 	chromium:chromium /usr/sbin/slurmctld:slurm-wlm /usr/sbin/munged:munge cc:gcc
 
+# tests start hundreds of processes, which would each compile what they import
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: install system demo weights docs test test-slow test-fast check faults faults-torch soak matrix mutants slurm \
 	bench gpu wheels py312 clean
 
